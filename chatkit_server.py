@@ -1,0 +1,3514 @@
+"""A complete ChatKit backend in one file.
+
+Run with:
+
+    python chatkit_server.py
+
+and open http://localhost:8000, or talk to it with curl, or point OpenAI's <openai-chatkit> component at
+http://localhost:8000/chatkit. One module holds everything that runs; schema.sql beside it holds the tables.
+
+A message travels like this:
+
+    POST /chatkit -- decode --> Turn ------> the agent: model, tools
+       (plain or ChatKit)        |  a task of its own, one for each conversation
+                                 |-> Store   every item is written as it happens
+                                 '-> EventStream -- encode --> server-sent events
+                                     any number of readers     (plain or ChatKit)
+
+The sections, each of which uses only what stands above it:
+
+    Settings         what can be configured; the only place that reads the environment
+    Store            all SQL, and nothing but SQL
+    Agent            what tools can do, the to-do assistant, the offline demo model, choosing a model
+    Turn             answering one message: running the agent, our events, following them
+    Chat             what one app holds: beginning turns, and stopping them
+    Plain dialect    events as anyone can read them with curl
+    ChatKit dialect  the same as the ChatKit protocol
+    HTTP             create_app(), who may call, the routes
+    Page             the built-in web page
+    Start            main() and serve_in_background()
+
+The ChatKit dialect was checked against the types of the official Python SDK, openai-chatkit 1.6.5.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Python still gets to
+    sys.exit(f"chatkit_server.py needs Python 3.10 or newer; this is Python {sys.version.split()[0]}.")
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+import sqlite3
+import threading
+import time
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, cast
+
+try:
+    import aiosqlite
+    import openai
+    import uvicorn
+    from agents import (
+        Agent,
+        InputGuardrailTripwireTriggered,
+        ItemHelpers,
+        MaxTurnsExceeded,
+        Model,
+        ModelProvider,
+        ModelRefusalError,
+        ModelResponse,
+        ModelSettings,
+        OpenAIChatCompletionsModel,
+        OpenAIResponsesModel,
+        OutputGuardrailTripwireTriggered,
+        RunConfig,
+        RunContextWrapper,
+        RunHooks,
+        Runner,
+        RunResultStreaming,
+        StreamEvent,
+        Tool,
+        ToolErrorFormatterArgs,
+        ToolInputGuardrailTripwireTriggered,
+        ToolOutputGuardrailTripwireTriggered,
+        TResponseInputItem,
+        Usage,
+        function_tool,
+        set_tracing_disabled,
+    )
+    from agents.exceptions import ModelTimeoutError
+    from agents.items import TResponseStreamEvent
+    from agents.models.default_models import get_default_model
+    from dotenv import load_dotenv
+    from fastapi import Depends, FastAPI, Header, Query
+    from fastapi.exceptions import RequestValidationError
+    from openai import AsyncOpenAI
+    from openai.types.responses import (
+        Response as ModelOutput,
+        ResponseCompletedEvent,
+        ResponseFunctionToolCall,
+        ResponseOutputItem,
+        ResponseOutputItemDoneEvent,
+        ResponseOutputMessage,
+        ResponseOutputText,
+        ResponseTextDeltaEvent,
+        ResponseUsage,
+    )
+    from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"chatkit_server: {missing.name} is not installed. The README's first command installs what is needed.")
+
+__all__ = ["Settings", "Store", "TurnContext", "create_app", "serve_in_background", "stream_agent"]
+
+# ======================================================================================================== Settings
+# What can be configured. `Settings.from_env()` is the only place that reads the environment.
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("chatkit")
+
+
+class SettingsError(ValueError):
+    """A setting that makes no sense; the text names it and says what would."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one app behaves. Each field's environment name is CHATKIT_ and its name, unless a comment says otherwise."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    database: str = "chatkit.db"  # a path, or ":memory:"
+    model: str | None = None  # see Models for what the names mean
+    models: tuple[str, ...] = ()  # further models that a message may ask for
+    jwt_secret: str | None = field(default=None, repr=False)  # also BETTER_AUTH_SECRET
+    jwt_audience: str | None = None
+    jwt_issuer: str | None = None
+    jwks_url: str | None = None  # public keys, for EdDSA, ES256 and RS256 tokens
+    cors_origins: tuple[str, ...] = ("http://localhost:3000", "http://localhost:5173")
+    history_limit: int = 40  # items that the model is shown
+    on_disconnect: str = "cancel"  # what a ChatKit reader that leaves does to its turn: "cancel" or "continue"
+    max_message_chars: int = 32_000
+    max_attachment_bytes: int = 10 * 1024 * 1024
+    max_steps: int = 10  # model calls a turn
+    max_concurrent_turns: int = 256
+    max_turns_per_user: int = 8  # for users who come with a token
+    turn_timeout: float = 300.0  # seconds
+    tracing: bool = False  # send the Agents SDK's traces to OpenAI
+    log_level: str = "info"
+    openai_api_key: str | None = field(default=None, repr=False)  # OPENAI_API_KEY
+    openai_base_url: str | None = None  # OPENAI_BASE_URL
+    gemini_api_key: str | None = field(default=None, repr=False)  # GEMINI_API_KEY
+    gemini_model: str = "gemini-2.5-flash"  # GEMINI_MODEL
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError, one line that names the setting."""
+
+        def check(name: str, fits: bool, wanted: str) -> None:
+            if not fits:
+                raise SettingsError(f"{self.env_name(name)} must be {wanted}, not {getattr(self, name)!r}.")
+
+        check("port", 0 <= self.port <= 65535, "a port from 0 to 65535")
+        check("database", bool(self.database.strip()) and "\0" not in self.database, "a file name or :memory:")
+        check("on_disconnect", self.on_disconnect in ("cancel", "continue"), "cancel or continue")
+        check("log_level", self.log_level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
+        check("turn_timeout", 0 < self.turn_timeout < float("inf"), "a number of seconds above 0")
+        for name in ("history_limit", "max_message_chars", "max_attachment_bytes", "max_steps"):
+            check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("max_concurrent_turns", "max_turns_per_user"):
+            check(name, getattr(self, name) >= 1, "1 or more")
+        check("jwks_url", (self.jwks_url or "https:").startswith(("http:", "https:")), "an http or https URL")
+        for origin in self.cors_origins:
+            check("cors_origins", origin.startswith(("http://", "https://")), "origins such as http://localhost:3000")
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether a caller must show who it is."""
+        return bool(self.jwt_secret or self.jwks_url)
+
+    @staticmethod
+    def env_name(name: str) -> str:
+        return name.upper() if name.startswith(("openai_", "gemini_")) else "CHATKIT_" + name.upper()
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Settings:
+        """The environment's settings, those of a .env file beside this module added, `overrides` on top.
+
+        An empty value counts as not set. Raises SettingsError.
+        """
+        load_dotenv(HERE / ".env")  # into os.environ, where LiteLLM looks for keys; what is set there already wins
+        values: dict[str, Any] = {}
+        for each in fields(cls):
+            name = cls.env_name(each.name)
+            text = os.environ.get(name, "").strip()
+            if each.name == "jwt_secret":
+                text = text or os.environ.get("BETTER_AUTH_SECRET", "").strip()
+            if text:
+                values[each.name] = cls._parse(name, text, each.default)
+            elif name in os.environ and name.endswith("_API_KEY") and each.name not in overrides:
+                log.warning("%s is set but empty, which counts as not set.", name)
+        return cls(**{**values, **overrides})
+
+    @staticmethod
+    def _parse(name: str, text: str, default: object) -> object:
+        """A value from the environment, in the type of its field's default."""
+        if isinstance(default, bool):
+            if text.lower() not in ("0", "1", "false", "true", "no", "yes"):
+                raise SettingsError(f"{name} must be 1 or 0, not {text!r}.")
+            return text.lower() in ("1", "true", "yes")
+        if isinstance(default, (int, float)):
+            try:
+                return type(default)(text)
+            except ValueError:
+                kind = "a whole number" if isinstance(default, int) else "a number"
+                raise SettingsError(f"{name} must be {kind}, not {text!r}.") from None
+        if isinstance(default, tuple):
+            return tuple(part.strip().rstrip("/") for part in text.split(",") if part.strip())
+        return text
+
+
+# =========================================================================================================== Store
+# All SQL, and nothing but SQL. Rows come out as plain dicts whose JSON columns are decoded.
+
+SCHEMA_VERSION = 1
+
+Row = dict[str, Any]
+Page = tuple[list[Row], bool]  # the rows, and whether there are more
+
+
+class StoreError(Exception):
+    """The database cannot be opened or used; the text says why, and is safe to show."""
+
+
+class Store:
+    """Conversations, their items and the to-do list, in one SQLite file.
+
+    `async with Store(path) as store:` opens and closes it. Ids are positive integers. Every method that touches a
+    user's rows takes that user's id and finds nothing of anybody else's. Failing SQL raises sqlite3.Error.
+
+    One connection serves all coroutines, in autocommit: were it not, a BEGIN in one and an INSERT in another would
+    become one transaction, and a rollback would take the stranger's row along. A write is one statement; the few
+    that are more stand inside `_transaction()`, and every write takes the same lock.
+    """
+
+    def __init__(self, path: str | Path = "chatkit.db") -> None:
+        self.path = str(path)
+        self._connection: aiosqlite.Connection | None = None
+        self._lock = asyncio.Lock()
+        self._inode: tuple[int, int] | None = None  # of the open file: to notice when it is deleted under us
+
+    async def __aenter__(self) -> Store:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Open the file, making or bringing forward its tables. Raises StoreError. A newer file is left untouched."""
+        if sqlite3.sqlite_version_info < (3, 37):
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: STRICT tables need 3.37.")
+        connection = None
+        try:
+            connection = await aiosqlite.connect(self.path, isolation_level=None)
+            connection.row_factory = sqlite3.Row
+            self._connection = connection
+            await self._prepare()
+        except (sqlite3.Error, OSError, StoreError) as error:
+            self._connection = None
+            if connection is not None:
+                await connection.close()
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"Cannot use {self.path} as the database: {error}.") from error
+        if self.path != ":memory:":
+            status = os.stat(self.path)
+            self._inode = (status.st_dev, status.st_ino)
+
+    async def _prepare(self) -> None:
+        await self._read("PRAGMA busy_timeout = 5000")
+        version = (await self._read("PRAGMA user_version"))[0][0]
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{self.path} was written by a newer version (schema {version}, not {SCHEMA_VERSION}).")
+        if version == 0 and await self._read("SELECT 1 FROM sqlite_schema LIMIT 1"):
+            raise StoreError(f"{self.path} is a database of something else; name another file.")
+        await self._read("PRAGMA journal_mode = WAL")
+        await self._read("PRAGMA synchronous = NORMAL")
+        await self._read("PRAGMA foreign_keys = ON")
+        if version < SCHEMA_VERSION:
+            schema = (HERE / "schema.sql").read_text(encoding="utf-8")
+            assert self._connection is not None
+            await self._connection.executescript(
+                f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+            )
+        # What was being written when the process died stays as it is, and says so.
+        await self._write("UPDATE messages SET status = 'interrupted' WHERE status = 'streaming'")
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def _read(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        if self._connection is None:
+            raise StoreError("The database is closed.")
+        return list(await self._connection.execute_fetchall(sql, values))
+
+    async def _write(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        async with self._lock:
+            self._check_file()
+            return await self._read(sql, *values)
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """Statements that stand or fall together; inside it, use `_read` for all of them."""
+        async with self._lock:
+            self._check_file()
+            try:
+                await self._read("BEGIN IMMEDIATE")
+                yield
+                await self._read("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.OperationalError):  # SQLite has rolled back already, on a full disk
+                    await self._read("ROLLBACK")
+                raise
+
+    def _check_file(self) -> None:
+        """A deleted file can still be written to, and all of that would be lost at the end: better to refuse."""
+        if self._inode is None:
+            return
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            raise StoreError("The database file is gone. Stop the server and start it again.") from None
+        if (status.st_dev, status.st_ino) != self._inode:
+            raise StoreError("The database file was replaced. Stop the server and start it again.")
+
+    async def check(self) -> None:
+        """One query, for the health route. Raises sqlite3.Error or StoreError."""
+        self._check_file()
+        await self._read("SELECT 1 FROM conversations LIMIT 1")
+
+    # ---- conversations
+
+    async def begin(self, user_id: str, title: str, content: str, extra: Row | None = None) -> tuple[Row, Row]:
+        """A new conversation with its first user message: both, or neither."""
+        async with self._transaction():
+            conversation = (
+                await self._read("INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *", user_id, title)
+            )[0]
+            message = await self._read(
+                "INSERT INTO messages (conversation_id, role, content, extra) VALUES (?, 'user', ?, ?) RETURNING *",
+                conversation["id"],
+                content,
+                _json(extra),
+            )
+        return dict(conversation), _message(message[0])
+
+    async def conversation(self, user_id: str, conversation_id: int) -> Row | None:
+        rows = await self._read("SELECT * FROM conversations WHERE id = ? AND user_id = ?", conversation_id, user_id)
+        return dict(rows[0]) if rows else None
+
+    async def conversations(self, user_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
+        """The most recently used first."""
+        rows = await self._read(
+            """SELECT * FROM conversations WHERE user_id = ?
+               ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?""",
+            user_id,
+            limit,
+            offset,
+        )
+        return [dict(row) for row in rows]
+
+    async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> Page:
+        """A page in the order in which conversations were begun, which new messages do not change."""
+        rows = await self._read(
+            """SELECT * FROM conversations WHERE user_id = ? AND id < ? ORDER BY id DESC LIMIT ?"""
+            if order == "desc"
+            else """SELECT * FROM conversations WHERE user_id = ? AND id > ? ORDER BY id LIMIT ?""",
+            user_id,
+            _edge(order, after),
+            limit + 1,
+        )
+        return [dict(row) for row in rows[:limit]], len(rows) > limit
+
+    async def rename_conversation(self, user_id: str, conversation_id: int, title: str) -> Row | None:
+        rows = await self._write(
+            "UPDATE conversations SET title = ? WHERE id = ? AND user_id = ? RETURNING *",
+            title,
+            conversation_id,
+            user_id,
+        )
+        return dict(rows[0]) if rows else None
+
+    async def set_conversation_status(
+        self, user_id: str, conversation_id: int, status: str, reason: str | None = None
+    ) -> Row | None:
+        """`status` is active, locked or closed; the last two refuse new messages."""
+        rows = await self._write(
+            "UPDATE conversations SET status = ?, status_reason = ? WHERE id = ? AND user_id = ? RETURNING *",
+            status,
+            reason,
+            conversation_id,
+            user_id,
+        )
+        return dict(rows[0]) if rows else None
+
+    async def delete_conversation(self, user_id: str, conversation_id: int) -> bool:
+        rows = await self._write(
+            "DELETE FROM conversations WHERE id = ? AND user_id = ? RETURNING id", conversation_id, user_id
+        )
+        return bool(rows)
+
+    # ---- messages: the items of a conversation
+
+    async def add_message(
+        self,
+        user_id: str,
+        conversation_id: int,
+        role: str,
+        content: str = "",
+        *,
+        tool_calls: list[Row] | None = None,
+        status: str = "done",
+        extra: Row | None = None,
+    ) -> Row | None:
+        """The new row, or None where the user has no such conversation."""
+        rows = await self._write(
+            """INSERT INTO messages (conversation_id, role, content, tool_calls, status, extra)
+               SELECT id, ?, ?, ?, ?, ? FROM conversations WHERE id = ? AND user_id = ? RETURNING *""",
+            role,
+            content,
+            _json(tool_calls),
+            status,
+            _json(extra),
+            conversation_id,
+            user_id,
+        )
+        return _message(rows[0]) if rows else None
+
+    async def update_message(
+        self,
+        user_id: str,
+        message_id: int,
+        *,
+        content: str | None = None,
+        status: str | None = None,
+        role: str | None = None,
+        extra: Row | None = None,
+    ) -> Row | None:
+        """Changes what is given and leaves the rest; the row as it is then, or None where there is none."""
+        rows = await self._write(
+            """UPDATE messages
+               SET content = COALESCE(?, content), status = COALESCE(?, status),
+                   role = COALESCE(?, role), extra = COALESCE(?, extra)
+               WHERE id = ?
+                 AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = messages.conversation_id AND c.user_id = ?)
+               RETURNING *""",
+            content,
+            status,
+            role,
+            _json(extra),
+            message_id,
+            user_id,
+        )
+        return _message(rows[0]) if rows else None
+
+    async def message(self, user_id: str, conversation_id: int, message_id: int) -> Row | None:
+        """One item, hidden context excepted."""
+        rows = await self._read(
+            """SELECT m.* FROM messages m JOIN conversations c ON c.id = m.conversation_id
+               WHERE m.id = ? AND m.conversation_id = ? AND m.role <> 'system' AND c.user_id = ?""",
+            message_id,
+            conversation_id,
+            user_id,
+        )
+        return _message(rows[0]) if rows else None
+
+    async def messages(self, user_id: str, conversation_id: int) -> list[Row]:
+        """All items, oldest first, hidden context excepted."""
+        rows = await self._read(
+            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
+               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'system' ORDER BY m.id""",
+            conversation_id,
+            user_id,
+        )
+        return [_message(row) for row in rows]
+
+    async def message_page(self, user_id: str, conversation_id: int, limit: int, order: str, after: int | None) -> Page:
+        """A page of items, hidden context excepted. Rows that are added while one pages do not disturb it."""
+        rows = await self._read(
+            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
+               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'system' AND m.id < ? ORDER BY m.id DESC LIMIT ?"""
+            if order == "desc"
+            else """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
+               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'system' AND m.id > ? ORDER BY m.id LIMIT ?""",
+            conversation_id,
+            user_id,
+            _edge(order, after),
+            limit + 1,
+        )
+        return [_message(row) for row in rows[:limit]], len(rows) > limit
+
+    async def history(self, user_id: str, conversation_id: int, limit: int) -> list[Row]:
+        """The last `limit` items that the model is to see, oldest first: all but its own reasoning."""
+        rows = await self._read(
+            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
+               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'reasoning' ORDER BY m.id DESC LIMIT ?""",
+            conversation_id,
+            user_id,
+            limit,
+        )
+        return [_message(row) for row in reversed(rows)]
+
+    async def last_user_message(self, user_id: str, conversation_id: int) -> Row | None:
+        rows = await self._read(
+            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
+               WHERE c.id = ? AND c.user_id = ? AND m.role = 'user' ORDER BY m.id DESC LIMIT 1""",
+            conversation_id,
+            user_id,
+        )
+        return _message(rows[0]) if rows else None
+
+    async def pending_messages(self, user_id: str, conversation_id: int) -> list[Row]:
+        """The client tool calls and questions that wait for the person's side, oldest first."""
+        rows = await self._read(
+            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
+               WHERE c.id = ? AND c.user_id = ? AND m.status = 'pending' ORDER BY m.id""",
+            conversation_id,
+            user_id,
+        )
+        return [_message(row) for row in rows]
+
+    async def end_messages(self, user_id: str, conversation_id: int, was: str, status: str) -> list[Row]:
+        """Whatever still has the status `was` gets another; the rows that did."""
+        rows = await self._write(
+            """UPDATE messages SET status = ?
+               WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?)
+                 AND status IN ('streaming', 'pending') AND status = ?
+               RETURNING *""",
+            status,
+            conversation_id,
+            user_id,
+            was,
+        )
+        return [_message(row) for row in rows]
+
+    async def delete_messages_after(self, user_id: str, conversation_id: int, message_id: int) -> None:
+        await self._write(
+            """DELETE FROM messages
+               WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND id > ?""",
+            conversation_id,
+            user_id,
+            message_id,
+        )
+
+    async def set_feedback(self, user_id: str, conversation_id: int, message_ids: list[int], kind: str) -> int:
+        """How many of these items there are; if any is missing, none is changed."""
+        ids = json.dumps(message_ids)
+        rows = await self._write(
+            """WITH wanted AS (SELECT DISTINCT value AS id FROM json_each(?)),
+                    found AS (SELECT m.id FROM wanted JOIN messages m ON m.id = wanted.id
+                              JOIN conversations c ON c.id = m.conversation_id
+                              WHERE m.conversation_id = ? AND m.role <> 'system' AND c.user_id = ?)
+               UPDATE messages SET feedback = ?
+               WHERE id IN (SELECT id FROM found)
+                 AND (SELECT COUNT(*) FROM found) = (SELECT COUNT(*) FROM wanted)
+               RETURNING id""",
+            ids,
+            conversation_id,
+            user_id,
+            kind,
+        )
+        return len(rows)
+
+    # ---- tasks: the to-do list of the built-in assistant
+
+    async def add_task(self, user_id: str, title: str) -> Row:
+        return _task(
+            (await self._write("INSERT INTO tasks (user_id, title) VALUES (?, ?) RETURNING *", user_id, title))[0]
+        )
+
+    async def tasks(self, user_id: str) -> list[Row]:
+        rows = await self._read("SELECT * FROM tasks WHERE user_id = ? ORDER BY id", user_id)
+        return [_task(row) for row in rows]
+
+    async def update_task(
+        self, user_id: str, task_id: int, *, title: str | None = None, done: bool | None = None
+    ) -> Row | None:
+        rows = await self._write(
+            """UPDATE tasks SET title = COALESCE(?, title), done = COALESCE(?, done)
+               WHERE id = ? AND user_id = ? RETURNING *""",
+            title,
+            done,
+            task_id,
+            user_id,
+        )
+        return _task(rows[0]) if rows else None
+
+    async def delete_task(self, user_id: str, task_id: int) -> Row | None:
+        rows = await self._write("DELETE FROM tasks WHERE id = ? AND user_id = ? RETURNING *", task_id, user_id)
+        return _task(rows[0]) if rows else None
+
+
+def _edge(order: str, after: int | None) -> int:
+    """Where a page begins: after a given id, or before all of them."""
+    if after is not None:
+        return after
+    return 2**63 - 1 if order == "desc" else 0
+
+
+def _json(value: object) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _unjson(text: str | None, where: int) -> Any:
+    """A JSON column's value; one that somebody broke by hand counts as empty, and the log says so."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        log.warning("message %d holds JSON that cannot be read; it is left out", where)
+        return None
+
+
+def _message(row: sqlite3.Row) -> Row:
+    message = dict(row)
+    calls, extra = _unjson(row["tool_calls"], row["id"]), _unjson(row["extra"], row["id"])
+    well_formed = isinstance(calls, list) and calls and isinstance(calls[0], dict)
+    message["tool_calls"] = [{"id": "", "name": "", "args": {}, **calls[0]}] if well_formed else None
+    message["extra"] = extra if isinstance(extra, dict) else {}
+    return message
+
+
+def _task(row: sqlite3.Row) -> Row:
+    return {"id": row["id"], "title": row["title"], "done": bool(row["done"])}
+
+
+# =========================================================================================================== Agent
+# What a tool can do (TurnContext), the built-in to-do assistant, the demo model, and choosing a model.
+
+Event = dict[str, Any]
+
+# What only the turn itself may say: a tool that could send these could forge an answer or its end.
+RESERVED_EVENTS = {"thread", "text", "tool_call", "tool_result", "error", "done", "item", "client_tool", "input"}
+
+
+@dataclass(frozen=True)
+class ClientTool:
+    """What a tool returns to have the frontend do the work: see TurnContext.client_tool."""
+
+    name: str
+    arguments: Row
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a tool returns to ask the person something: see TurnContext.ask."""
+
+    inputs: list[Row]
+
+
+@dataclass
+class TurnContext:
+    """What a tool or an action handler gets: who asks, where, and how to reach them while it works.
+
+    A tool receives it inside the Agents SDK's wrapper:
+
+        @function_tool
+        async def whoami(wrapper: RunContextWrapper[TurnContext]) -> str:
+            await wrapper.context.progress("Looking you up")
+            return wrapper.context.user_id
+
+    The user's id comes from the request alone. Never make it an argument of a tool: the model must not choose it.
+    """
+
+    user_id: str
+    conversation_id: int
+    store: Store
+    send: Callable[[Event], None] = field(repr=False)  # the turn's own; tools use emit() and the methods below
+    locale: str = "en"  # the first of the request's Accept-Language
+
+    def emit(self, event: Event) -> None:
+        """Send an event of one's own to the readers, such as {"type": "thinking", "content": "..."}. Not stored.
+
+        Raises ValueError for a type that only the turn may use, TypeError for what is not JSON.
+        """
+        kind = event.get("type")
+        if not isinstance(kind, str) or kind in RESERVED_EVENTS:
+            raise ValueError(f"a tool cannot emit an event of type {kind!r}")
+        self.send(json.loads(json.dumps(event)))
+
+    async def progress(self, text: str, icon: str | None = None) -> None:
+        """Say what the tool is doing. `icon` is one of ChatKit's names, such as "search". Not stored."""
+        self.emit({"type": "progress", "content": text, "icon": icon})
+
+    async def effect(self, name: str, data: Row | None = None) -> None:
+        """Have the frontend do something, once: ChatKit calls its onEffect with name and data. Not stored."""
+        self.emit({"type": "effect", "name": name, "data": data or {}})
+
+    async def notice(self, level: str, message: str, title: str | None = None) -> None:
+        """Show a notice beside the conversation; `level` is info, warning or danger. Not stored."""
+        if level not in ("info", "warning", "danger"):
+            raise ValueError(f"level must be info, warning or danger, not {level!r}")
+        self.emit({"type": "notice", "level": level, "message": message, "title": title})
+
+    async def widget(self, root: Any, copy_text: str | None = None) -> int:
+        """Show a widget and keep it; its item id comes back.
+
+        `root` is a dict, or an object of the ChatKit SDK's widget classes, whose type is Card, ListView or Basic.
+        `copy_text` is the same in words: what is copied, and what the model and plain readers are given.
+        """
+        row = await self.store.add_message(
+            self.user_id, self.conversation_id, "widget", copy_text or "", extra={"widget": _widget_root(root)}
+        )
+        if row is None:
+            raise LookupError("the conversation was deleted")
+        self._show_widget(row, "done")
+        return int(row["id"])
+
+    async def replace_widget(self, item_id: int, root: Any, copy_text: str | None = None) -> None:
+        """Draw a widget of this conversation anew. Raises LookupError where there is none with that id."""
+        row = await self.store.message(self.user_id, self.conversation_id, int(item_id))
+        if row is None or row["role"] != "widget":
+            raise LookupError(f"there is no widget {item_id} in this conversation")
+        row = await self.store.update_message(
+            self.user_id, row["id"], content=copy_text, extra={"widget": _widget_root(root)}
+        )
+        if row is not None:
+            self._show_widget(row, "replaced")
+
+    def _show_widget(self, row: Row, change: str) -> None:
+        self.send({"type": "widget", "id": row["id"], "widget": row["extra"]["widget"], "copy_text": row["content"]})
+        self.send({"type": "item", "change": change, "row": row})
+
+    def client_tool(self, name: str, arguments: Row | None = None) -> ClientTool:
+        """`return ctx.client_tool("get_selection", {...})` from a tool has the frontend answer in its place.
+
+        The turn ends; when the frontend has sent its result, the agent goes on with it as this call's result.
+        """
+        return ClientTool(name, json.loads(json.dumps(arguments or {})))
+
+    def ask(self, inputs: list[Row]) -> Questions:
+        """`return ctx.ask([...])` from a tool asks the person; the agent goes on when they answered or skipped.
+
+        Each question is {"type": "multiple_choice", "id", "question", "options": [{"value"}], "multiple"} or
+        {"type": "freeform", "id", "question", "description"?}. Raises ValueError for any other.
+        """
+        questions = []
+        for given in inputs:
+            kind, question = given.get("type"), {key: given.get(key) for key in ("type", "id", "question")}
+            if kind == "multiple_choice":
+                question["options"] = [{"value": str(option["value"])} for option in given["options"]]
+                question["multiple"] = bool(given.get("multiple", False))
+            elif kind == "freeform" and given.get("description") is not None:
+                question["description"] = str(given["description"])
+            elif kind != "freeform":
+                raise ValueError(f"a question is of type multiple_choice or freeform, not {kind!r}")
+            if not isinstance(question["id"], str) or not isinstance(question["question"], str):
+                raise ValueError("a question has an id and a question, both text")
+            questions.append(question)
+        if not questions or len({question["id"] for question in questions}) < len(questions):
+            raise ValueError("ask at least one question, and give each an id of its own")
+        return Questions(questions)
+
+
+def _widget_root(root: Any) -> Row:
+    """A widget as JSON. The types are those of chatkit/widgets.py in openai-chatkit."""
+    if hasattr(root, "model_dump"):
+        root = root.model_dump(mode="json", exclude_none=True)
+    if not isinstance(root, dict) or root.get("type") not in ("Card", "ListView", "Basic"):
+        raise ValueError("a widget's root is a Card, a ListView or a Basic")
+    return cast(Row, json.loads(json.dumps(root)))
+
+
+# ---- the to-do assistant
+
+INSTRUCTIONS = (
+    "You keep the person's to-do list with your tools. Use them for whatever concerns the list, and never claim a "
+    "change that no tool made. Tasks are known by number; look them up when the person names one by its title. "
+    "Answer briefly, in the person's language."
+)
+
+
+def _task_result(task: Row | None, task_id: int) -> str:
+    return json.dumps(task or {"error": f"There is no task {task_id}."}, ensure_ascii=False)
+
+
+@function_tool
+async def add_task(wrapper: RunContextWrapper[TurnContext], title: str) -> str:
+    """Put a task on the person's to-do list.
+
+    Args:
+        title: What is to be done, in a few words.
+    """
+    if not title.strip():
+        return json.dumps({"error": "A task needs a title."})
+    context = wrapper.context
+    return json.dumps(await context.store.add_task(context.user_id, title.strip()[:200]), ensure_ascii=False)
+
+
+@function_tool
+async def list_tasks(wrapper: RunContextWrapper[TurnContext], show: bool = True) -> str:
+    """Look up all tasks on the person's to-do list, with their numbers.
+
+    Args:
+        show: Whether to show the list to the person as well; false when only you need it.
+    """
+    context = wrapper.context
+    tasks = await context.store.tasks(context.user_id)
+    if show and tasks:
+        await context.widget(task_widget(tasks), copy_text=task_text(tasks))
+    return json.dumps(tasks, ensure_ascii=False)
+
+
+@function_tool
+async def complete_task(wrapper: RunContextWrapper[TurnContext], task_id: int) -> str:
+    """Mark a task as done.
+
+    Args:
+        task_id: The task's number.
+    """
+    context = wrapper.context
+    return _task_result(await _change_task(context, task_id, done=True), task_id)
+
+
+@function_tool
+async def update_task(wrapper: RunContextWrapper[TurnContext], task_id: int, title: str) -> str:
+    """Give a task another title.
+
+    Args:
+        task_id: The task's number.
+        title: The new title.
+    """
+    if not title.strip():
+        return json.dumps({"error": "A task needs a title."})
+    return _task_result(await _change_task(wrapper.context, task_id, title=title.strip()[:200]), task_id)
+
+
+@function_tool
+async def delete_task(wrapper: RunContextWrapper[TurnContext], task_id: int) -> str:
+    """Take a task off the list.
+
+    Args:
+        task_id: The task's number.
+    """
+    context = wrapper.context
+    task = await context.store.delete_task(context.user_id, task_id) if 0 < task_id < 2**63 else None
+    return _task_result(task, task_id)
+
+
+async def _change_task(context: TurnContext, task_id: int, **change: Any) -> Row | None:
+    return await context.store.update_task(context.user_id, task_id, **change) if 0 < task_id < 2**63 else None
+
+
+def task_text(tasks: list[Row]) -> str:
+    return "\n".join(f"{task['id']}. {task['title']}{' (done)' if task['done'] else ''}" for task in tasks)
+
+
+def task_widget(tasks: list[Row]) -> Row:
+    """A card with a checkbox for each task; ticking one sends the action `toggle_task` with the task's number.
+
+    What has a default in the SDK's classes is written out: a frontend gets the same from either.
+    """
+    return {
+        "type": "Card",
+        "children": [
+            {
+                "type": "Checkbox",
+                "key": str(task["id"]),
+                "name": f"task_{task['id']}",
+                "label": task["title"],
+                "defaultChecked": task["done"],
+                "onChangeAction": {
+                    "type": "toggle_task",
+                    "payload": {"id": task["id"], "done": not task["done"]},
+                    "handler": "server",
+                    "loadingBehavior": "auto",
+                    "streaming": True,
+                },
+            }
+            for task in tasks
+        ],
+    }
+
+
+async def toggle_task(context: TurnContext, action: Row, item: Row | None) -> None:
+    """The action handler that goes with the to-do assistant: tick the task, and draw the widget again."""
+    payload: Any = action.get("payload")
+    payload = payload if isinstance(payload, dict) else {}
+    task_id = payload.get("id")
+    if action.get("type") != "toggle_task" or type(task_id) is not int:
+        raise ValueError("the only action here is toggle_task, whose payload has the id of a task")
+    if await _change_task(context, task_id, done=bool(payload.get("done", True))) is None:
+        await context.notice("warning", f"There is no task {task_id} any more.")
+    tasks = await context.store.tasks(context.user_id)
+    if item is not None and item["role"] == "widget":
+        await context.replace_widget(item["id"], task_widget(tasks), copy_text=task_text(tasks))
+
+
+def todo_agent() -> Agent[TurnContext]:
+    """The assistant that answers where create_app() is given no agent."""
+    return Agent(
+        name="To-do assistant",
+        instructions=INSTRUCTIONS,
+        tools=[add_task, list_tasks, complete_task, update_task, delete_task],
+    )
+
+
+# ---- the demo model
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a sentence asks for: `verb` is a tool's name, `target` and `title` are the words it is about."""
+
+    verb: str
+    target: str = ""
+    title: str = ""
+
+
+_LIST_WORDS = r"(?:my|the)\s+(?:\w+\s+)?(?:list|tasks?|to-?dos?)"
+_SENTENCES: tuple[tuple[str, str], ...] = (
+    (r"(?:show|list|display|see|read)\b.*\b(?:tasks?|list|to-?dos?|everything|them)\b.*", "list_tasks"),
+    (r"(?:show|list)(?: all)?", "list_tasks"),
+    (r"what(?:'s|s| is| are| do i)\b.*\b(?:tasks?|list|to-?dos?|to do|have|left|open)\b.*", "list_tasks"),
+    (rf"(?:add|put|create|make)\s+(?:an?\s+)?(?:new\s+)?(?:tasks?|to-?dos?)(?:\s*:\s*|\s+(?:to|called|named)\s+|\s+)"
+     rf"(?P<title>.+?)(?:\s+(?:to|on)\s+{_LIST_WORDS})?", "add_task"),
+    (rf"(?:add|put)\s+(?P<title>.+?)(?:\s+(?:to|on|onto)\s+{_LIST_WORDS})?", "add_task"),
+    (r"(?:new\s+task|task|to-?do)\s*:\s*(?P<title>.+)", "add_task"),
+    (r"(?:remind\s+me\s+to|i\s+(?:need|have|want)\s+to|don't\s+forget\s+to)\s+(?P<title>.+)", "add_task"),
+    (r"(?:rename|change|update)\s+(?P<target>.+?)\s+(?:to|into|as)\s+(?P<title>.+)", "update_task"),
+    (r"mark\s+(?P<target>.+?)(?:\s+as)?\s+(?:done|completed?|finished)", "complete_task"),
+    (r"(?:complete|finish|tick(?:\s+off)?|check(?:\s+off)?|i\s+(?:did|finished|completed)|done\s+with)\s+"
+     r"(?P<target>.+?)(?:\s+(?:on|from)\s+" + _LIST_WORDS + ")?", "complete_task"),
+    (r"(?P<target>.+?)\s+(?:is|are)\s+(?:done|completed?|finished)", "complete_task"),
+    (rf"(?:delete|remove|drop|erase|clear)\s+(?P<target>.+?)(?:\s+(?:from|off|on)\s+{_LIST_WORDS})?", "delete_task"),
+)  # fmt: skip
+_STARTS = (
+    r"(?:please\s+)?(?:add|put|create|make|new|show|list|display|what|remind|rename|change|update|mark|complete|finish"
+    r"|tick|check|delete|remove|drop|erase|clear)\b"
+)
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+_NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def understand(text: str) -> list[Command]:
+    """The to-do commands in a message, in order; empty where it holds none."""
+    commands = []
+    for clause in re.split(rf"(?:[.;!?\n]+\s*|,?\s+(?:and\s+then|then|and)\s+|,\s*)(?={_STARTS})", text, flags=re.I):
+        clause = re.sub(r"^(?:(?:please|then|and|now|can you|could you|would you)\s+)+", "", clause.strip(), flags=re.I)
+        clause = re.sub(r"(?:\s*,?\s*please)?[\s.!?,;]*$", "", clause, flags=re.I)
+        for pattern, verb in _SENTENCES:
+            found = re.fullmatch(pattern, clause, flags=re.I | re.S)
+            if found is None:
+                continue
+            words = {"target": "", "title": "", **{k: v.strip() for k, v in found.groupdict().items() if v}}
+            titles = [words["title"]]
+            if verb == "add_task" and "," in words["title"]:  # "add milk, eggs and bread" is three
+                titles = [part for part in re.split(r"\s*,\s*(?:and\s+)?|\s+and\s+", words["title"]) if part]
+            commands += [Command(verb, words["target"], _unquoted(title)) for title in titles]
+            break
+    return commands
+
+
+def _unquoted(text: str) -> str:
+    return text.strip().strip("\"'\u201c\u201d\u2018\u2019")
+
+
+def _find_tasks(target: str, tasks: list[Row]) -> list[int]:
+    """The numbers of the tasks that some words mean: by number, by position, by title. Empty: none, or unclear."""
+    words = _unquoted(re.sub(r"^(?:(?:the|my|task|number|no\.?)\s+)+", "", target.lower().strip()))
+    words = re.sub(r"\s+(?:task|item|one|to-?do)s?$", "", words)
+    if re.fullmatch(r"#?\d{1,18}", words):
+        return [int(words.lstrip("#"))]
+    if words in ("all", "everything", "all of them", "all my", "them all"):
+        return [task["id"] for task in tasks]
+    if words in ("last", "latest"):
+        return [tasks[-1]["id"]] if tasks else []
+    for position, (ordinal, number) in enumerate(zip(_ORDINALS, _NUMBERS, strict=True)):
+        if words == ordinal:
+            return [tasks[position]["id"]] if position < len(tasks) else []
+        if words == number:
+            return [position + 1]
+    exact = [task["id"] for task in tasks if task["title"].lower() == words]
+    part = [task["id"] for task in tasks if words and words in task["title"].lower()]
+    return exact[:1] or (part if len(part) == 1 else [])
+
+
+class DemoModel(Model):
+    """A model without a network: it understands a handful of to-do sentences, and says so.
+
+    It takes the same way as any model: it streams Responses events, and its tool calls go through the runner.
+    Like any model it keeps nothing between two calls; what it did already is in the items that it is given.
+    """
+
+    def __init__(self, delay: float = 0.02) -> None:
+        self.delay = delay  # seconds between two words, so that one can see it stream
+
+    async def get_response(self, *args: Any, **kwargs: Any) -> ModelResponse:
+        async for event in self.stream_response(*args, **kwargs):
+            if event.type == "response.completed":
+                return ModelResponse(output=event.response.output, usage=Usage(), response_id=None)
+        raise AssertionError("the stream ends with response.completed")
+
+    async def stream_response(
+        self,
+        system_instructions: str | None,
+        input: str | list[TResponseInputItem],
+        model_settings: ModelSettings,
+        tools: list[Tool],
+        *_: Any,
+        **__: Any,
+    ) -> AsyncIterator[TResponseStreamEvent]:
+        items = [{"role": "user", "content": input}] if isinstance(input, str) else cast(list[Row], input)
+        calls, text = self._decide(items, [tool.name for tool in tools], model_settings.tool_choice)
+        output: list[ResponseOutputItem] = []
+        if calls:
+            for name, arguments in calls:
+                output.append(
+                    ResponseFunctionToolCall(
+                        type="function_call",
+                        id="fc_demo",
+                        call_id="call_" + secrets.token_hex(8),
+                        name=name,
+                        arguments=json.dumps(arguments, ensure_ascii=False),
+                    )
+                )
+        else:
+            for word in re.findall(r"\S+\s*|\s+", text):
+                yield ResponseTextDeltaEvent(
+                    type="response.output_text.delta",
+                    item_id="msg_demo",
+                    output_index=0,
+                    content_index=0,
+                    sequence_number=0,
+                    delta=word,
+                    logprobs=[],
+                )
+                await asyncio.sleep(self.delay)
+            part = ResponseOutputText(type="output_text", text=text, annotations=[])
+            output.append(
+                ResponseOutputMessage(
+                    type="message", id="msg_demo", role="assistant", status="completed", content=[part]
+                )
+            )
+        for index, item in enumerate(output):
+            yield ResponseOutputItemDoneEvent(
+                type="response.output_item.done", item=item, output_index=index, sequence_number=0
+            )
+        said, heard = len(text.split()), len(json.dumps(items).split())  # words: a demo has no tokens
+        yield ResponseCompletedEvent(
+            type="response.completed",
+            sequence_number=0,
+            response=ModelOutput(
+                id="resp_demo",
+                created_at=0,
+                model="demo",
+                object="response",
+                output=output,
+                tools=[],
+                tool_choice="auto",
+                parallel_tool_calls=True,
+                usage=ResponseUsage(
+                    input_tokens=heard,
+                    output_tokens=said,
+                    total_tokens=heard + said,
+                    input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
+                    output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+                ),
+            ),
+        )
+
+    def _decide(self, items: list[Row], tools: list[str], forced: object) -> tuple[list[tuple[str, Row]], str]:
+        """What to do next: tools to call, or else what to say."""
+        start = max((n for n, item in enumerate(items) if item.get("role") == "user"), default=0)
+        message = _own_words(items[start]) if items else ""
+        outputs = {i["call_id"]: i["output"] for i in items if i.get("type") == "function_call_output"}
+        done = [
+            (item["name"], _object(item["arguments"]), _value(outputs.get(item["call_id"])))
+            for item in items[start:]
+            if item.get("type") == "function_call"
+        ]
+        if forced in tools and not done:
+            arguments = {"title": message} if forced in ("add_task", "update_task") else {}
+            wanted = [(c.verb, c.title) for c in understand(message) if c.verb == forced]
+            return [(str(forced), {"title": wanted[0][1]} if wanted and wanted[0][1] else arguments)], ""
+        named = re.search(r"\bcall\s+(\w+)\s*(\{.*\})?", message, re.S)
+        if named and named[1] in tools:
+            if not done:
+                return [(named[1], _object(named[2] or "{}"))], ""
+            return [], "\n\n".join(f"The tool `{name}` answered: {_text(result)}" for name, _, result in done)
+        commands = understand(message) if "add_task" in tools else []
+        if not commands:
+            return [], self._introduction(tools, items, done)
+
+        looked_up = [result for name, args, result in done if name == "list_tasks" and args.get("show") is False]
+        acted = [call for call in done if not (call[0] == "list_tasks" and call[1].get("show") is False)]
+        calls, missing = self._plan(commands, _known_tasks(items), looked_up)
+        if calls is None:
+            return [("list_tasks", {"show": False})], ""
+        rest = calls[len(acted) :]
+        if rest:  # a list is shown once what comes before it has been done
+            until = next((n for n, (name, _) in enumerate(rest) if name == "list_tasks"), len(rest))
+            return rest[: max(until, 1)], ""
+        said = [self._say(*call) for call in acted]
+        said += [f"I found no single task that fits \u201c{target}\u201d." for target in missing]
+        return [], "\n\n".join(said)
+
+    @staticmethod
+    def _plan(
+        commands: list[Command], shown: list[Row] | None, looked_up: list[Any]
+    ) -> tuple[list[tuple[str, Row]] | None, list[str]]:
+        """The calls that the commands come to, None where the tasks must be looked up first; and targets not found."""
+        calls: list[tuple[str, Row]] = []
+        missing = []
+        for command in commands:
+            if command.verb == "add_task":
+                calls.append(("add_task", {"title": command.title}))
+            elif command.verb == "list_tasks":
+                calls.append(("list_tasks", {"show": True}))
+            else:
+                # "the second one" means the list that the person saw last; a title means the tasks there are now.
+                by_position = re.search(rf"\b(?:{'|'.join(_ORDINALS)}|last|latest)\b", command.target.lower())
+                tasks = shown if by_position and shown is not None else looked_up[0] if looked_up else None
+                found = _find_tasks(command.target, tasks or [])
+                if tasks is None and not re.search(r"^\D*#?\d+$", command.target):
+                    return None, []
+                if not found:
+                    missing.append(command.target)
+                title = {"title": command.title} if command.verb == "update_task" else {}
+                calls += [(command.verb, {"task_id": task_id, **title}) for task_id in found]
+        return calls, missing
+
+    @staticmethod
+    def _say(name: str, arguments: Row, result: Any) -> str:
+        if name == "list_tasks" and isinstance(result, list):
+            if not result:
+                return "Your list is empty."
+            lines = [f"- **{t['id']}** {t['title']}{' (done)' if t['done'] else ''}" for t in result]
+            return "Your tasks:\n\n" + "\n".join(lines)
+        if not isinstance(result, dict) or "title" not in result:
+            return str(result.get("error", result)) if isinstance(result, dict) else f"That did not work: {result}"
+        title = f"\u201c{result['title']}\u201d"
+        return {
+            "add_task": f"Added {title} to your list. It is task {result['id']}.",
+            "complete_task": f"Marked {title} as done.",
+            "update_task": f"Task {result['id']} is now {title}.",
+            "delete_task": f"Removed {title} from your list.",
+        }.get(name, _text(result))
+
+    @staticmethod
+    def _introduction(tools: list[str], items: list[Row], done: list[tuple[str, Row, Any]]) -> str:
+        if done:
+            return "\n\n".join(f"The tool `{name}` answered: {_text(result)}" for name, _, result in done)
+        files = (
+            [part for part in _parts(items[-1]) if part.get("type") in ("input_image", "input_file")] if items else []
+        )
+        seen = f"You sent {len(files)} file(s), which I cannot look at. " if files else ""
+        what = (
+            "I keep a to-do list: try \u201cadd buy milk to my list\u201d, \u201cshow my tasks\u201d, "
+            "\u201ccomplete buy milk\u201d, \u201crename 1 to buy oat milk\u201d or \u201cdelete the first one\u201d. "
+            if "add_task" in tools
+            else "I can call the tools of this app: " + ", ".join(f"\u201ccall {name}\u201d" for name in tools) + ". "
+            if tools
+            else ""
+        )
+        return (
+            f"{seen}I am the built-in demo model: a few rules, no language model behind them. {what}"
+            "For real answers, set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL and start the server again."
+        )
+
+
+def _parts(item: Row) -> list[Row]:
+    content = item.get("content")
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else list(content or [])
+
+
+def _own_words(item: Row) -> str:
+    """The last text of a user's message: what stands before it is context that the server added."""
+    texts = [part["text"] for part in _parts(item) if part.get("type") == "input_text"]
+    return texts[-1] if texts else ""
+
+
+def _value(output: Any) -> Any:
+    """A tool's output, decoded where it is a JSON object or array."""
+    if isinstance(output, str) and output[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(output)
+    return output
+
+
+def _object(text: str) -> Row:
+    """A tool call's arguments, empty where they are not a JSON object."""
+    value = _value(text)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _known_tasks(items: list[Row]) -> list[Row] | None:
+    """The tasks that the person was shown last, from the results in the history."""
+    shown = {
+        item["call_id"] for item in items if item.get("name") == "list_tasks" and _object(item["arguments"]).get("show")
+    }
+    for item in reversed(items):
+        if item.get("type") == "function_call_output" and item["call_id"] in shown:
+            tasks = _value(item["output"])
+            return tasks if isinstance(tasks, list) else None
+    return None
+
+
+# ---- choosing a model
+
+
+class Models(ModelProvider):
+    """Finds the model for a name; each is made once.
+
+    demo                       the offline demo model
+    gemini/gemini-2.5-flash    with a slash: LiteLLM
+    gpt-5.6-luna               without: OpenAI's Responses API, or chat completions at OPENAI_BASE_URL
+
+    Without a name, `default`: CHATKIT_MODEL, or what the keys in the environment allow, or the demo model.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError where the default model cannot work."""
+        self.settings = settings
+        self._models: dict[str, Model] = {}
+        self._client: AsyncOpenAI | None = None
+        if settings.model:
+            self.default = settings.model
+        elif settings.openai_api_key:
+            self.default = get_default_model()
+        elif settings.gemini_api_key:
+            self.default = "gemini/" + settings.gemini_model.split("/")[-1]
+        else:
+            self.default = "demo"
+        for name in self.names:
+            self.get_model(name)  # a name that cannot work is told now, not at the first message
+
+    @property
+    def names(self) -> list[str]:
+        """The models that a message may ask for."""
+        return list(dict.fromkeys([self.default, *self.settings.models]))
+
+    def get_model(self, model_name: str | None) -> Model:
+        name = model_name or self.default
+        if name not in self._models:
+            self._models[name] = self._make(name)
+        return self._models[name]
+
+    def _make(self, name: str) -> Model:
+        if name == "demo":
+            return DemoModel()
+        if "/" in name:
+            return self._make_litellm(name)
+        if not self.settings.openai_api_key and not self.settings.openai_base_url:
+            raise SettingsError(
+                f"The model {name!r} is one of OpenAI's and needs OPENAI_API_KEY, or OPENAI_BASE_URL for a server "
+                "that speaks its API. Names of other providers have a slash, as in gemini/gemini-2.5-flash."
+            )
+        if self._client is None:
+            self._client = AsyncOpenAI(
+                api_key=self.settings.openai_api_key or "none", base_url=self.settings.openai_base_url
+            )
+        if self._client.base_url.host == "api.openai.com":
+            return OpenAIResponsesModel(model=name, openai_client=self._client)
+        return OpenAIChatCompletionsModel(model=name, openai_client=self._client)
+
+    def _make_litellm(self, name: str) -> Model:
+        # LiteLLM costs two seconds and 50 MB; and it fetches a price list at import unless it is told not to.
+        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        import litellm
+        from agents.extensions.models.litellm_model import LitellmModel
+
+        litellm.suppress_debug_info = True  # it prints advice to standard output otherwise
+        litellm.drop_params = True  # a setting that one provider does not know is left out, rather than refused
+        try:
+            litellm.get_llm_provider(name)
+        except Exception as error:
+            raise SettingsError(
+                f"LiteLLM knows no provider for the model {name!r}; names look like gemini/gemini-2.5-flash."
+            ) from error
+        key = self.settings.gemini_api_key if name.startswith("gemini/") else None
+        return LitellmModel(model=name, api_key=key)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        self._models.clear()
+        if client is not None:
+            await client.close()
+
+
+class EmptyAnswer(Exception):
+    """The model ended without a word."""
+
+
+def explain(error: BaseException) -> tuple[str, str, bool]:
+    """An error as a person may see it: its code, a text from a fixed list, and whether to try again is worth it.
+
+    The error's own text stays out: providers put keys, addresses and prompts into theirs.
+    """
+    if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+        return "key_rejected", "The model's provider rejected the API key.", False
+    if isinstance(error, openai.RateLimitError):
+        return "rate_limited", "The model's provider says: too many requests, or no credit left. Try again later.", True
+    if isinstance(error, (openai.APITimeoutError, ModelTimeoutError, asyncio.TimeoutError, TimeoutError)):
+        return "timeout", "The model took too long to answer.", True
+    if isinstance(error, openai.NotFoundError):
+        return "model_not_found", "The model's provider does not know this model. Check the model's name.", False
+    if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
+        return "refused", "The model's provider refused the request.", False
+    if isinstance(error, (openai.APIConnectionError, openai.InternalServerError, ConnectionError)):
+        return "unreachable", "The model's provider cannot be reached, or is out of order.", True
+    if isinstance(error, MaxTurnsExceeded):
+        return "too_many_steps", "The assistant took too many steps without an answer.", True
+    if isinstance(
+        error,
+        (
+            InputGuardrailTripwireTriggered,
+            OutputGuardrailTripwireTriggered,
+            ToolInputGuardrailTripwireTriggered,
+            ToolOutputGuardrailTripwireTriggered,
+        ),
+    ):
+        return "guardrail", "This was blocked by a guardrail.", False
+    if isinstance(error, ModelRefusalError):
+        return "refusal", "The model declined to answer.", False
+    if isinstance(error, EmptyAnswer):
+        return "empty", "The model gave no answer.", True
+    if isinstance(error, (sqlite3.Error, StoreError)):
+        return "storage", storage_text(error), True
+    if isinstance(error, openai.APIError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
+        return "unreachable", "The connection to the model's provider broke.", True
+    return "internal", "Something went wrong while answering.", True
+
+
+def storage_text(error: BaseException) -> str:
+    """What a failing database means for the person."""
+    if isinstance(error, StoreError):
+        return str(error)
+    text = str(error).lower()
+    if "locked" in text or "busy" in text:
+        return "The database is locked by another program. Try again in a moment."
+    if "full" in text:
+        return "The disk is full; nothing new can be kept."
+    if "readonly" in text:
+        return "The database is read-only; nothing new can be kept."
+    return "The database cannot be used right now."
+
+
+# ---- what the model is shown
+
+
+def model_input(rows: list[Row], cut: bool) -> list[TResponseInputItem]:
+    """Stored items as the Agents SDK's input items (those of OpenAI's Responses API).
+
+    `cut` says that older items exist. Item ids are left out: an id would make OpenAI look for the reasoning that
+    belongs to it. Call ids go back verbatim: LiteLLM keeps Gemini's thought signatures in them. The calls of one
+    model response stay together, in front of their outputs: a response is signed in its first call only.
+    """
+    items: list[Row] = []
+    outputs: list[Row] = []  # of the calls of one response
+    notes: list[str] = []  # context, which goes in front of the person's next words
+    group = None
+    if cut and rows and rows[0]["role"] != "user":
+        # Some providers insist that a conversation begins with the person.
+        items.append({"role": "user", "content": "(Earlier messages are left out.)"})
+    for row in rows:
+        role, extra = row["role"], row["extra"]
+        if role != "widget" and (not row["tool_calls"] or extra.get("group") != group):
+            items += outputs
+            outputs = []
+        if role == "user":
+            parts = [{"type": "input_text", "text": note} for note in notes] + _user_parts(row)
+            notes = []
+            items.append({"role": "user", "content": parts[0]["text"] if len(parts) == 1 else parts})
+        elif role == "assistant":
+            items.append({"role": "assistant", "content": row["content"]})
+        elif row["tool_calls"] and not extra.get("hosted"):  # a hosted tool's call means nothing to another provider
+            call, group = row["tool_calls"][0], extra.get("group")
+            arguments = json.dumps(call["args"], ensure_ascii=False)
+            items.append({"type": "function_call", "call_id": call["id"], "name": call["name"], "arguments": arguments})
+            outputs.append({"type": "function_call_output", "call_id": call["id"], "output": _tool_output(row)})
+        elif role == "widget":
+            shown = row["content"] or json.dumps(extra.get("widget"), ensure_ascii=False)
+            notes.append(f"<context>\nThe person was shown this widget:\n{shown}\n</context>")
+        elif role == "system":
+            notes.append(f"<context>\n{row['content']}\n</context>")
+    items += outputs
+    if notes:
+        items.append({"role": "user", "content": "\n".join(notes)})
+    return cast(list[TResponseInputItem], items)
+
+
+def _tool_output(row: Row) -> str:
+    """A stored call's result, as the model is told it; every call has one, or providers refuse the history."""
+    if row["status"] == "done":
+        return row["content"] or "(no output)"
+    if row["role"] == "input" or "client" in row["extra"]:
+        return "(The person's side did not answer this.)"
+    return "(The call did not finish.)"
+
+
+def _user_parts(row: Row) -> list[Row]:
+    """A user's message, its own words last; what is quoted or tagged stands apart from them."""
+    extra = row["extra"]
+    parts = []
+    if extra.get("quoted_text"):
+        quoted = f"The person quotes from this conversation:\n<quoted_text>\n{extra['quoted_text']}\n</quoted_text>"
+        parts.append({"type": "input_text", "text": quoted})
+    for tag in extra.get("parts") or []:
+        if tag["type"] == "input_tag":
+            about = json.dumps({key: tag[key] for key in ("id", "text", "data")}, ensure_ascii=False)
+            parts.append({"type": "input_text", "text": f"The person's message names this as @{tag['text']}:\n{about}"})
+    parts.append({"type": "input_text", "text": row["content"]})
+    return parts
+
+
+# ============================================================================================================ Turn
+# Answering one message: the agent runs, what happens is written down and becomes events, and readers follow those.
+#
+# Events are plain dicts; their types and fields are those of the plain dialect, which the README lists. One more is
+# for the ChatKit dialect alone: {"type": "item", "change": "added" | "done" | "replaced", "row": Row}, a stored item
+# that begins to grow, is final, or was changed.
+
+SAVE_EVERY = 0.4  # seconds that text may be on a screen and not yet in the file
+STOP_WITHIN = 1.5  # seconds that a stopped model or tool has to let go
+
+STOPPED = "The person stopped the answer above before it was complete. Do not go on with it unless they ask."
+
+# Why a turn was stopped: the error that readers are told, if any; the status of `done`; the status of what was said.
+STOP_REASONS: dict[str, tuple[tuple[str, str, bool] | None, str, str]] = {
+    "cancelled": (None, "cancelled", "cancelled"),
+    "deleted": (None, "cancelled", "cancelled"),
+    "timeout": (("timeout", "The answer took too long.", True), "failed", "failed"),
+    "shutdown": (("shutdown", "The server is being stopped. What was said so far is kept.", True), "failed",
+                 "interrupted"),
+}  # fmt: skip
+
+
+class Draft:
+    """A row whose text is still growing; the file is at most SAVE_EVERY behind."""
+
+    def __init__(self, turn: Turn, row: Row) -> None:
+        self.turn = turn
+        self.row = row
+        self.id: int = row["id"]
+        self._parts: list[str] = []
+        self._held = ""  # the first half of a character that a provider cut in two
+        self._timer: asyncio.TimerHandle | None = None
+        self._saving: asyncio.Task[None] | None = None
+
+    def add(self, delta: str) -> str:
+        """Take a delta; what of it can be shown comes back."""
+        if self._held or not _is_unicode(delta):
+            delta, self._held = _mend(self._held + delta)
+        if delta:
+            self._parts.append(delta)
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(SAVE_EVERY, self._save_soon)
+        return delta
+
+    @property
+    def text(self) -> str:
+        text = "".join(self._parts)
+        self._parts = [text]
+        return text
+
+    def _save_soon(self) -> None:
+        self._timer = None
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.get_running_loop().create_task(self._save())
+
+    async def _save(self) -> None:
+        try:
+            await self.turn.chat.store.update_message(self.turn.user_id, self.id, content=self.text)
+        except (sqlite3.Error, StoreError) as error:  # the next save has this text as well, and the last one must work
+            log.warning("thread %d: saving the answer so far failed: %s", self.turn.conversation_id, error)
+
+    async def close(self, status: str) -> Row:
+        """The final row, saved. Raises sqlite3.Error or StoreError."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
+        store, user_id = self.turn.chat.store, self.turn.user_id
+        row = await patiently(lambda: store.update_message(user_id, self.id, content=self.text, status=status))
+        return row or {**self.row, "content": self.text, "status": status}  # None: the conversation was deleted
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _mend(text: str) -> tuple[str, str]:
+    """Text whose surrogates are paired or replaced, and a first half at its end that may still find its second.
+
+    Providers that escape JSON to ASCII may send the two halves of an emoji in two deltas; neither can be stored.
+    """
+    held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    text = text[: len(text) - len(held)]
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), held
+
+
+async def patiently(write: Callable[[], Awaitable[Any]]) -> Any:
+    """A write that must not be lost: another program's lock is waited out for up to half a minute, then it raises."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return await write()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            log.warning("the database is locked by another program; trying again")
+            await asyncio.sleep(0.2)
+
+
+class Turn:
+    """One answer being made, in a task of its own; it goes on whether anybody follows or not.
+
+    `events` is what happened so far, and grows until `finished`.
+    """
+
+    def __init__(self, chat: Chat, user_id: str, conversation: Row, locale: str = "en") -> None:
+        self.chat = chat
+        self.id = secrets.token_hex(4)
+        self.user_id = user_id
+        self.conversation = conversation
+        self.conversation_id: int = conversation["id"]
+        self.context = TurnContext(user_id, self.conversation_id, chat.store, self.emit, locale)
+        self.user_message: Row | None = None  # what it answers
+        self.model: str | None = None  # what that message asked for; None is the default
+        self.tool_choice: str | None = None
+        self.events: list[Event] = []
+        self.finished = False
+        self.usage = {"input_tokens": 0, "output_tokens": 0}
+        self.last_message_id: int | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._working = False  # not yet putting things away
+        self._waiting: list[asyncio.Future[None]] = []
+        self._stopped: str | None = None  # a key of STOP_REASONS
+        self._run: RunResultStreaming | None = None
+        self._draft: Draft | None = None
+        self._calls: dict[str, Row] = {}  # tool rows without a result, by call id
+        self._announcing = asyncio.Lock()
+        self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
+        self._step = 0  # of the model's responses in this turn
+        self._step_open = False
+        self._messages_seen = 0  # messages of this step that came as deltas
+        self._messages_done = 0
+        self._answered = False  # something was said since the last tool result
+        self._shown = False  # a widget was
+
+    # ---- events and those who follow them
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if event["type"] == "widget":
+            self._shown = True
+        if self._waiting:
+            self.wake()
+
+    async def wait_beyond(self, seen: int) -> None:
+        """Return when there may be more than `seen` events, or it has finished; sometimes for nothing."""
+        if len(self.events) <= seen and not self.finished:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(future)
+            await future
+
+    def wake(self, *_: object) -> None:
+        """Have everybody who waits look again."""
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+        self._waiting.clear()
+
+    async def follow(self) -> AsyncIterator[Event]:
+        """All events from the first to `done`, as they happen."""
+        seen = 0
+        while not (self.finished and seen == len(self.events)):
+            await self.wait_beyond(seen)
+            for event in self.events[seen:]:
+                seen += 1
+                if event["type"] != "item":
+                    yield event
+
+    # ---- its life
+
+    def start(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Begin; `work` does what this turn is for, `answer` mostly."""
+        self._task = asyncio.get_running_loop().create_task(self._live(work), name=f"turn {self.conversation_id}")
+
+    def stop(self, reason: str) -> None:
+        """Have it end soon, with what it has; `reason` is one of STOP_REASONS. The first reason counts."""
+        if self._stopped or self.finished:
+            return
+        self._stopped = reason
+        if self._run is not None:
+            self._run.cancel()  # closes the model's connection, and ends stream_events() without an error
+        if self._task is not None:
+            asyncio.get_running_loop().call_later(STOP_WITHIN, self._insist)
+
+    def _insist(self) -> None:
+        if self._working and self._task is not None:
+            self._task.cancel()
+
+    async def wait(self) -> None:
+        """Until it has ended."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def _live(self, work: Callable[[], Awaitable[None]]) -> None:
+        began = time.monotonic()
+        timer = asyncio.get_running_loop().call_later(self.chat.settings.turn_timeout, self.stop, "timeout")
+        error: tuple[str, str, bool] | None = None
+        status, row_status = "completed", "done"
+        self.emit({"type": "thread", "thread_id": self.conversation_id, "title": self.conversation["title"]})
+        try:
+            if self._stopped is None:
+                self._working = True
+                await work()
+        except asyncio.CancelledError:
+            self._stopped = self._stopped or "shutdown"  # the event loop itself is closing
+        except Exception as exception:
+            if self._stopped is None:
+                error, status, row_status = explain(exception), "failed", "failed"
+                self.chat.log_exception(f"thread {self.conversation_id}: the turn failed", exception)
+        self._working = False
+        timer.cancel()
+        if self._stopped:
+            error, status, row_status = STOP_REASONS[self._stopped]
+        try:
+            await self._put_away(row_status)
+        except (sqlite3.Error, StoreError) as exception:
+            self.chat.log_exception(f"thread {self.conversation_id}: the answer could not be saved", exception)
+            error, status = explain(exception), "failed"
+        # From here to the end nothing waits: whoever reads `done` can send the next message at once.
+        self.chat.forget(self)
+        if error is not None:
+            self.emit({"type": "error", "message": error[1], "code": error[0], "allow_retry": error[2]})
+        self.emit(
+            {
+                "type": "done",
+                "status": status,
+                "thread_id": self.conversation_id,
+                "message_id": self.last_message_id,
+                "usage": self.usage,
+            }
+        )
+        self.finished = True
+        self.wake()
+        log.info(
+            "turn user=%s thread=%d model=%s in=%d out=%d %.2fs %s",
+            printable(self.user_id),
+            self.conversation_id,
+            self.model or self.chat.model_name,
+            self.usage["input_tokens"],
+            self.usage["output_tokens"],
+            time.monotonic() - began,
+            status if error is None else f"{status} ({error[0]})",
+        )
+
+    async def _put_away(self, row_status: str) -> None:
+        """Leave nothing half-written: what was growing, tools that were running, a note about the stop."""
+        if self._run is not None:
+            usage = self._run.context_wrapper.usage
+            self.usage = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+        if self._stopped == "deleted":
+            if self._draft is not None:
+                draft, self._draft = self._draft, None
+                await draft.close(row_status)
+            return
+        await self._close_draft(row_status)
+        store = self.chat.store
+        ended = await patiently(lambda: store.end_messages(self.user_id, self.conversation_id, "streaming", row_status))
+        for row in ended:
+            self.emit({"type": "item", "change": "done", "row": row})
+        if self._stopped == "cancelled":
+            await patiently(lambda: store.add_message(self.user_id, self.conversation_id, "system", STOPPED))
+
+    # ---- the agent's run
+
+    async def answer(self) -> None:
+        """Run the agent on what the conversation holds, and turn what the SDK reports into rows and events."""
+        chat = self.chat
+        self.emit({"type": "thinking", "content": ""})
+        settings = chat.settings
+        rows = await chat.store.history(self.user_id, self.conversation_id, settings.history_limit + 1)
+        cut = len(rows) > settings.history_limit
+        self._run = run = Runner.run_streamed(
+            chat.agent,
+            model_input(rows[1:] if cut else rows, cut),
+            context=self.context,
+            max_turns=settings.max_steps,
+            hooks=ToolHooks(self),
+            run_config=RunConfig(
+                model=chat.models.get_model(self.model) if self.model else None,
+                model_provider=chat.models,
+                # Usage is zero from chat completions unless one asks for it.
+                model_settings=ModelSettings(include_usage=True, tool_choice=self.tool_choice),
+                tracing_disabled=not settings.tracing,
+                tool_not_found_behavior="return_error_to_model",
+                tool_error_formatter=self._tool_error,
+            ),
+        )
+        if self._stopped:
+            run.cancel()
+        stream = cast(AsyncGenerator[StreamEvent, None], run.stream_events())
+        try:
+            while True:
+                self._idle.set()
+                try:
+                    event = await stream.__anext__()
+                except StopAsyncIteration:
+                    break
+                self._idle.clear()
+                if event.type == "raw_response_event":
+                    if event.data.type == "response.output_text.delta":  # the hot path: one of these a token
+                        if self._draft is None or self._draft.row["role"] != "assistant":
+                            await self._open_draft("assistant")
+                        draft = cast(Draft, self._draft)
+                        delta = draft.add(event.data.delta)
+                        if delta:
+                            self.emit({"type": "text", "content": delta, "message_id": draft.id})
+                    else:
+                        await self._take_raw(event.data)
+                elif event.type == "run_item_stream_event":
+                    await self._take_item(event.name, event.item)
+        finally:
+            self._idle.set()
+            await stream.aclose()
+        if self._stopped is None:
+            await self._close_draft("done")
+            await self._conclude(run.final_output)
+
+    async def _take_raw(self, data: Any) -> None:
+        """What a model's response says beside its text."""
+        if not self._step_open:
+            self._step_open = True
+            self._step += 1
+            self._messages_seen = self._messages_done = 0
+        kind = data.type
+        if kind == "response.refusal.delta":
+            await self._say("assistant", data.delta)
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            await self._say("reasoning", data.delta)
+        elif kind == "response.reasoning_summary_part.added" and self._draft is not None and self._draft.text:
+            await self._say("reasoning", "\n\n")
+        elif kind == "response.output_item.done" and data.item.type in ("message", "reasoning"):
+            if data.item.type == "message" or (self._draft is not None and self._draft.row["role"] == "reasoning"):
+                await self._close_draft("done")
+        elif kind in ("response.completed", "response.incomplete"):
+            await self._close_draft("done")
+
+    async def _take_item(self, name: str, item: Any) -> None:
+        """What the runner made of a response: messages, tool calls and their results."""
+        if name == "message_output_created":
+            self._messages_done += 1
+            if self._messages_done > self._messages_seen:  # a model that streams no deltas
+                text = ItemHelpers.text_message_output(item)
+                if text:
+                    await self._say("assistant", text)
+            await self._close_draft("done")
+        elif name == "tool_called":
+            raw = item.raw_item
+            call_id = getattr(raw, "call_id", None) or getattr(raw, "id", None) or "call_" + secrets.token_hex(8)
+            if getattr(raw, "type", "") == "function_call":
+                await self.announce(call_id, raw.name, raw.arguments)
+            else:  # a tool on the provider's side, such as a web search: done by the time we hear of it
+                await self.announce(call_id, getattr(raw, "name", None) or str(raw.type).removesuffix("_call"), "{}")
+                await self._end_call(call_id, "", hosted=True)
+        elif name == "tool_output":
+            raw = item.raw_item
+            call_id = raw.get("call_id") if isinstance(raw, dict) else getattr(raw, "call_id", None)
+            await self._end_call(call_id or "", item.output)
+
+    async def _say(self, role: str, text: str) -> None:
+        if self._draft is None or self._draft.row["role"] != role:
+            await self._open_draft(role)
+        draft = cast(Draft, self._draft)
+        text = draft.add(text)
+        if text and role == "assistant":
+            self.emit({"type": "text", "content": text, "message_id": draft.id})
+        elif text:
+            self.emit({"type": "thinking", "content": text})
+
+    async def _open_draft(self, role: str) -> None:
+        """A row for what the model begins to say. Its id is ours: most models call every message `__fake_id__`."""
+        await self._close_draft("done")
+        self._step_open = True
+        row = await self._add_row(role, status="streaming")
+        self._draft = Draft(self, row)
+        if role == "assistant":
+            self._messages_seen += 1
+            self.last_message_id = row["id"]
+            self._answered = True
+        self.emit({"type": "item", "change": "added", "row": row})
+
+    async def _close_draft(self, status: str) -> None:
+        if self._draft is not None:
+            draft, self._draft = self._draft, None
+            self.emit({"type": "item", "change": "done", "row": await draft.close(status)})
+
+    async def _add_row(self, role: str, **columns: Any) -> Row:
+        row = await self.chat.store.add_message(self.user_id, self.conversation_id, role, **columns)
+        if row is None:
+            raise LookupError("the conversation was deleted")
+        return row
+
+    async def announce(self, call_id: str, name: str, arguments: str) -> None:
+        """Write down and report a tool call, once."""
+        async with self._announcing:
+            if call_id in self._calls:
+                return
+            await self._close_draft("done")
+            call = {"id": call_id, "name": name, "args": _object(arguments or "{}")}
+            extra = {"group": f"{self.id}-{self._step}"}
+            row = await self._add_row("tool", tool_calls=[call], status="streaming", extra=extra)
+            self._calls[call_id] = row
+            self.emit({"type": "tool_call", **call})
+
+    async def caught_up(self) -> None:
+        """Until all that the model said has been dealt with, so that what a tool emits comes after it."""
+        while not self._idle.is_set():
+            await self._idle.wait()
+
+    async def _end_call(self, call_id: str, output: Any, hosted: bool = False) -> None:
+        """A tool's result; or what it waits for, if it handed the work to the person's side."""
+        row = self._calls.pop(call_id, None)
+        if row is None:
+            return
+        self._step_open = self._answered = False
+        call, extra = row["tool_calls"][0], row["extra"]
+        store, user_id = self.chat.store, self.user_id
+        if isinstance(output, (ClientTool, Questions)):
+            asked = {"client": {"name": output.name, "arguments": output.arguments}} if isinstance(
+                output, ClientTool
+            ) else {"inputs": output.inputs}  # fmt: skip
+            role = "tool" if isinstance(output, ClientTool) else "input"
+            row = await store.update_message(user_id, row["id"], role=role, status="pending", extra={**extra, **asked})
+            if row is not None:
+                self._answered = True
+                if isinstance(output, ClientTool):
+                    self.emit({"type": "client_tool", "id": call["id"], "name": output.name, "args": output.arguments})
+                else:
+                    self.emit({"type": "input", "id": row["id"], "inputs": output.inputs})
+                self.emit({"type": "item", "change": "done", "row": row})
+            return
+        if hosted:
+            extra = {**extra, "hosted": True}
+        text = output if isinstance(output, str) else _jsonable_text(output)
+        text = _mend(text)[0] if not _is_unicode(text) else text
+        row = await patiently(
+            lambda: store.update_message(user_id, row["id"], content=text, status="done", extra=extra)
+        )
+        self.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": _value(text)})
+        if row is not None:
+            self.emit({"type": "item", "change": "done", "row": row})
+
+    def _tool_error(self, args: ToolErrorFormatterArgs[Any]) -> str | None:
+        """What the model, and so perhaps the person, is told of a tool that raised: not the exception's text."""
+        if args.kind != "tool_exception":
+            return None
+        if args.error is not None:
+            self.chat.log_exception(f"thread {self.conversation_id}: the tool {args.tool_name} failed", args.error)
+        return json.dumps({"error": f"The tool {args.tool_name} failed."})
+
+    def hand_over(self) -> None:
+        """End the run after this step: a tool has asked the person's side for something."""
+        if self._run is not None:
+            self._run.cancel(mode="after_turn")
+
+    async def _conclude(self, final_output: Any) -> None:
+        """A run may end without a message: on a tool's output, which then is the answer, or with nothing at all."""
+        if self._answered or self._shown:
+            return
+        if isinstance(final_output, str) and final_output.strip():
+            await self._say("assistant", final_output)
+            await self._close_draft("done")
+        else:
+            raise EmptyAnswer
+
+
+def _jsonable_text(value: Any) -> str:
+    """A tool's output as JSON, whatever it is."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def printable(text: str) -> str:
+    """For the log, where a line break in a name would forge a line."""
+    return text if text.isprintable() else repr(text)
+
+
+class ToolHooks(RunHooks[TurnContext]):
+    """The SDK starts a tool as soon as it can; this makes it wait until the call has been written down."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+
+    async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
+        await self.turn.caught_up()
+        if getattr(context, "tool_call_id", None):
+            await self.turn.announce(context.tool_call_id, context.tool_name, context.tool_arguments)
+
+    async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
+        if isinstance(result, (ClientTool, Questions)):
+            self.turn.hand_over()
+
+
+# ============================================================================================================ Chat
+# What one app holds: its store, its agent, and the turns that are running.
+
+
+class Refused(Exception):
+    """A request that cannot be granted: an HTTP status and a text for the person."""
+
+    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.retry_after = retry_after  # seconds
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request."""
+
+    user_id: str = "local"
+    by_token: bool = False
+    locale: str = "en"
+
+
+@dataclass
+class UserMessage:
+    """What a person sends, the same from either dialect."""
+
+    text: str
+    parts: list[Row] | None = None  # ChatKit's content, where it is more than one text
+    quoted_text: str | None = None
+    model: str | None = None
+    tool_choice: str | None = None
+
+    @property
+    def extra(self) -> Row | None:
+        columns = ("parts", "quoted_text", "model", "tool_choice")
+        return {name: getattr(self, name) for name in columns if getattr(self, name)} or None
+
+
+def make_title(text: str) -> str:
+    """The first 50 characters of a message, white space folded."""
+    folded = " ".join(text.split())
+    return folded[:50] + ("..." if len(folded) > 50 else "")
+
+
+ActionHandler = Callable[[TurnContext, Row, Row | None], Awaitable[None]]
+
+
+class Chat:
+    """One app's state. It opens when it is first needed, and closes with the event loop at the latest.
+
+    So it works under a server that runs its lifespan, mounted in another application, whose server does not, and
+    without any server.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        agent: Agent[Any] | None = None,
+        *,
+        store: Store | None = None,
+        on_action: ActionHandler | None = None,
+    ) -> None:
+        """Raises SettingsError where the model cannot work."""
+        self.settings = settings
+        self.store = store or Store(settings.database)
+        self.models = Models(settings)
+        self.has_tasks = agent is None
+        self.on_action = toggle_task if agent is None else on_action
+        agent = agent or todo_agent()
+        self.model_name = self.models.default
+        if agent.model is None:
+            for name in self.models.names:
+                self.models.get_model(name)  # a name that cannot work is told now, not at the first message
+            agent = agent.clone(model=self.models.get_model(None))
+        else:
+            self.model_name = str(getattr(agent.model, "model", None) or getattr(agent.model, "name", None) or (
+                agent.model if isinstance(agent.model, str) else type(agent.model).__name__))  # fmt: skip
+        self.agent = agent
+        self.turns: dict[int, Turn] = {}  # those that are running, by conversation id
+        self._beginning = 0  # conversations that are being made for a turn
+        self._keeper: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._owns_store = store is None
+        secrets_here = (settings.jwt_secret, settings.openai_api_key, settings.gemini_api_key)
+        self.secrets = [secret for secret in secrets_here if secret]
+
+    # ---- opening and closing
+
+    async def open(self) -> None:
+        """Open the store, unless it is open. Raises StoreError."""
+        if self._keeper is not None and not self._keeper.done():
+            return
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+        await asyncio.shield(self._opening)
+
+    async def _open(self) -> None:
+        if self._owns_store:
+            await self.store.open()
+        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="keeper of the store")
+
+    async def _keep(self) -> None:
+        """Wait to be cancelled, by close() or by the end of the event loop, and close everything then."""
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await self.stop_turns()
+            if self._owns_store:
+                await self.store.close()
+            await self.models.close()
+
+    async def close(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None and not keeper.done():
+            keeper.cancel()
+            await asyncio.wait([keeper])
+
+    async def stop_turns(self) -> None:
+        """Save and end all that is running."""
+        turns = list(self.turns.values())
+        for turn in turns:
+            turn.stop("shutdown")
+        for turn in turns:
+            await turn.wait()
+
+    def log_exception(self, what: str, error: BaseException) -> None:
+        """A line and a traceback for the log, without the secrets that providers like to quote."""
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+        log.error("%s\n%s", what, redact(text, self.secrets))
+
+    # ---- beginning a turn
+
+    async def conversation(self, user_id: str, conversation_id: int) -> Row:
+        """Raises Refused where the user has no such conversation."""
+        conversation = await self.store.conversation(user_id, conversation_id)
+        if conversation is None:
+            raise Refused(404, "Conversation not found")
+        return conversation
+
+    async def _take_up(self, caller: Caller, conversation_id: int) -> Turn:
+        """A registered turn in an existing conversation, not yet started."""
+        conversation = await self.conversation(caller.user_id, conversation_id)
+        if conversation["status"] != "active":
+            reason = f": {conversation['status_reason']}" if conversation["status_reason"] else ""
+            raise Refused(409, f"The conversation is {conversation['status']}{reason}")
+        self._check_room(caller)
+        return self._register(Turn(self, caller.user_id, conversation, caller.locale))
+
+    def _register(self, turn: Turn) -> Turn:
+        if turn.conversation_id in self.turns:
+            raise Refused(409, "The conversation is being answered already")
+        self.turns[turn.conversation_id] = turn
+        return turn
+
+    def _check_room(self, caller: Caller) -> None:
+        if len(self.turns) + self._beginning >= self.settings.max_concurrent_turns:
+            raise Refused(503, "The server is busy. Try again in a moment.", retry_after=5)
+        mine = sum(turn.user_id == caller.user_id for turn in self.turns.values()) if caller.by_token else 0
+        if mine >= self.settings.max_turns_per_user:
+            raise Refused(429, "Too many answers are being written for you at once.", retry_after=5)
+
+    def forget(self, turn: Turn) -> None:
+        if self.turns.get(turn.conversation_id) is turn:
+            del self.turns[turn.conversation_id]
+
+    def _check_message(self, message: UserMessage) -> None:
+        if not message.text.strip():
+            raise Refused(400, "Message is required")
+        length = len(message.text) + len(message.quoted_text or "") + len(json.dumps(message.parts or ""))
+        if length - 2 > self.settings.max_message_chars:
+            raise Refused(413, f"Message is longer than {self.settings.max_message_chars} characters")
+        if message.model is not None and message.model not in self.models.names:
+            raise Refused(400, f"There is no model {message.model!r} here; there is {', '.join(self.models.names)}")
+        tools = [tool.name for tool in self.agent.tools]
+        if message.tool_choice is not None and message.tool_choice not in tools:
+            raise Refused(400, f"There is no tool {message.tool_choice!r} here; there is {', '.join(tools) or 'none'}")
+
+    async def begin_message(self, caller: Caller, message: UserMessage, conversation_id: int | None = None) -> Turn:
+        """Keep a message, in a new conversation where none is named, and have it answered.
+
+        When this returns, the message is in the file. Raises Refused, sqlite3.Error, StoreError.
+        """
+        self._check_message(message)
+        if conversation_id is None:
+            self._check_room(caller)
+            self._beginning += 1
+            try:
+                conversation, row = await self.store.begin(
+                    caller.user_id, make_title(message.text), message.text, message.extra
+                )
+            finally:
+                self._beginning -= 1
+            turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
+        else:
+            turn = await self._take_up(caller, conversation_id)
+            try:
+                added = await self.store.add_message(
+                    caller.user_id, conversation_id, "user", message.text, extra=message.extra
+                )
+                if added is None:
+                    raise Refused(404, "Conversation not found")
+                row = added
+            except BaseException:
+                self.forget(turn)
+                raise
+        self._answer(turn, row)
+        return turn
+
+    def _answer(self, turn: Turn, user_message: Row) -> None:
+        turn.user_message = user_message
+        turn.model = user_message["extra"].get("model")
+        turn.tool_choice = user_message["extra"].get("tool_choice")
+
+        async def work() -> None:
+            await self._close_pending(turn)
+            await turn.answer()
+
+        turn.start(work)
+
+    async def _close_pending(self, turn: Turn) -> None:
+        """What the person's side was asked for and did not give: the model is told, and nobody waits any more."""
+        for row in await self.store.end_messages(turn.user_id, turn.conversation_id, "pending", "cancelled"):
+            turn.emit({"type": "item", "change": "replaced", "row": row})
+
+    async def begin_retry(self, caller: Caller, conversation_id: int, message_id: int | None = None) -> Turn:
+        """Remove all that came after a user's message, the last one if none is named, and answer it anew."""
+        turn = await self._take_up(caller, conversation_id)
+        try:
+            if message_id is None:
+                row = await self.store.last_user_message(caller.user_id, conversation_id)
+            else:
+                row = await self.store.message(caller.user_id, conversation_id, message_id)
+            if row is None:
+                raise Refused(404, "Message not found")
+            if row["role"] != "user":
+                raise Refused(400, "Only a user's message can be answered again")
+            await self.store.delete_messages_after(caller.user_id, conversation_id, row["id"])
+        except BaseException:
+            self.forget(turn)
+            raise
+        self._answer(turn, row)
+        return turn
+
+    async def begin_tool_output(
+        self, caller: Caller, conversation_id: int, result: Any, call_id: str | None = None
+    ) -> Turn:
+        """Complete the pending client tool call, the last one if none is named, and let the agent go on."""
+        turn = await self._take_up(caller, conversation_id)
+        try:
+            pending = await self.store.pending_messages(caller.user_id, conversation_id)
+            waiting = [row for row in pending if "client" in row["extra"] and row["tool_calls"]]
+            if call_id is not None:
+                waiting = [row for row in waiting if row["tool_calls"][0]["id"] == call_id]
+            if not waiting:
+                raise Refused(409, "No client tool call is pending")
+            content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            extra = {**waiting[-1]["extra"], "output": result}
+            row = await self.store.update_message(
+                caller.user_id, waiting[-1]["id"], content=content, status="done", extra=extra
+            )
+            if row is None:
+                raise Refused(404, "Conversation not found")
+        except BaseException:
+            self.forget(turn)
+            raise
+        self._go_on(turn, row, result, show=False)
+        return turn
+
+    async def begin_answers(
+        self, caller: Caller, conversation_id: int, item_id: int, status: str, answers: dict[str, Row]
+    ) -> Turn:
+        """Record the answers to pending questions, or that they were skipped, and let the agent go on.
+
+        `answers` has {"values": [...], "skipped": bool} by question id. Ids that were not asked are ignored, and a
+        question with one answer keeps the first.
+        """
+        turn = await self._take_up(caller, conversation_id)
+        try:
+            row = await self.store.message(caller.user_id, conversation_id, item_id)
+            if row is None:
+                raise Refused(404, "Item not found")
+            if row["role"] != "input":
+                raise Refused(400, "This item asks nothing")
+            if row["status"] != "pending":
+                raise Refused(409, "This was answered already")
+            inputs = []
+            for question in row["extra"].get("inputs", []):
+                given = answers.get(question["id"]) or {}
+                values = list(given.get("values") or [])
+                if question["type"] == "multiple_choice" and not question["multiple"]:
+                    values = values[:1]
+                skipped = status == "skipped" or bool(given.get("skipped")) or not values
+                answer = {"values": [], "skipped": True} if skipped else {"values": values, "skipped": False}
+                inputs.append({**question, "answer": answer})
+            told = [
+                {"question": i["question"], **({"skipped": True} if i["answer"]["skipped"] else i["answer"])}
+                for i in inputs
+            ]
+            row = await self.store.update_message(
+                caller.user_id,
+                item_id,
+                content=json.dumps(told, ensure_ascii=False),
+                status="done",
+                extra={**row["extra"], "inputs": inputs, "answered": status},
+            )
+            if row is None:
+                raise Refused(404, "Conversation not found")
+        except BaseException:
+            self.forget(turn)
+            raise
+        self._go_on(turn, row, told, show=True)
+        return turn
+
+    def _go_on(self, turn: Turn, row: Row, result: Any, *, show: bool) -> None:
+        """The agent's next step, with what the person's side gave as the result of its call."""
+        call = row["tool_calls"][0]
+
+        async def work() -> None:
+            await self._close_pending(turn)
+            turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": result})
+            if show:
+                turn.emit({"type": "item", "change": "replaced", "row": row})
+            await turn.answer()
+
+        turn.start(work)
+
+    async def _widget(self, caller: Caller, conversation_id: int, item_id: int | None) -> Row | None:
+        if self.on_action is None:
+            raise Refused(400, "This server has no handler for actions: give create_app() an on_action")
+        if item_id is None:
+            return None
+        row = await self.store.message(caller.user_id, conversation_id, item_id)
+        if row is None:
+            raise Refused(404, "Item not found")
+        if row["role"] != "widget":
+            raise Refused(400, "This item is not a widget")
+        return row
+
+    async def begin_action(self, caller: Caller, conversation_id: int, item_id: int | None, action: Row) -> Turn:
+        """Have the action handler deal with what was clicked in a widget; what it emits is the turn's."""
+        turn = await self._take_up(caller, conversation_id)
+        try:
+            item = await self._widget(caller, conversation_id, item_id)
+        except BaseException:
+            self.forget(turn)
+            raise
+        handler = cast(ActionHandler, self.on_action)
+        turn.start(lambda: handler(turn.context, action, item))
+        return turn
+
+    async def act(self, caller: Caller, conversation_id: int, item_id: int | None, action: Row) -> Row | None:
+        """The same without a stream: the widget as it is afterwards. What the handler emits reaches nobody."""
+        await self.conversation(caller.user_id, conversation_id)
+        item = await self._widget(caller, conversation_id, item_id)
+        context = TurnContext(caller.user_id, conversation_id, self.store, lambda event: None, caller.locale)
+        try:
+            await cast(ActionHandler, self.on_action)(context, action, item)
+        except (ValueError, LookupError) as error:
+            self.log_exception(f"thread {conversation_id}: the action was refused", error)
+            raise Refused(400, "The action was refused") from error
+        return await self.store.message(caller.user_id, conversation_id, item["id"]) if item else None
+
+    async def delete_conversation(self, user_id: str, conversation_id: int) -> None:
+        await self.conversation(user_id, conversation_id)
+        await self._end_turn(conversation_id)
+        if not await self.store.delete_conversation(user_id, conversation_id):
+            raise Refused(404, "Conversation not found")
+        await self._end_turn(conversation_id)  # one that began in between; it has nothing to write to any more
+
+    async def _end_turn(self, conversation_id: int) -> None:
+        turn = self.turns.get(conversation_id)
+        if turn is not None:
+            turn.stop("deleted")
+            await turn.wait()
+
+    async def cancel(self, user_id: str, conversation_id: int) -> None:
+        """Stop the running answer and keep what was said. Raises Refused."""
+        await self.conversation(user_id, conversation_id)
+        turn = self.turns.get(conversation_id)
+        if turn is None:
+            raise Refused(409, "Nothing is being answered here")
+        turn.stop("cancelled")
+        await turn.wait()
+
+
+def redact(text: str, secret_values: list[str]) -> str:
+    """A text without secrets: known ones, and what looks like a key or a token."""
+    for secret in secret_values:
+        text = text.replace(secret, "[secret]")
+    text = re.sub(r"\b(sk|AIza|ghp|xox[bp])[-_A-Za-z0-9]{12,}", "[secret]", text)
+    text = re.sub(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*", "[token]", text)
+    return re.sub(
+        r"(?i)\b(bearer|api[-_]?key|key)([\"']?\s*[=:]\s*[\"']?|\s+)[-_.A-Za-z0-9]{12,}", r"\1\2[secret]", text
+    )
+
+
+async def stream_agent(
+    message: str,
+    *,
+    agent: Agent[Any] | None = None,
+    store: Store,
+    user_id: str = "local",
+    conversation_id: int | None = None,
+    settings: Settings | None = None,
+) -> AsyncIterator[Event]:
+    """Answer one message without a server, and yield the events of the plain dialect as they happen.
+
+        async with Store(":memory:") as store:
+            async for event in stream_agent("add buy milk", store=store):
+                print(event)
+
+    Goes on in `conversation_id`, or begins a new conversation, whose id is in the first event. Leaving the loop early
+    stops the answer. Raises Refused, with a status and a detail as in the HTTP API; a failing model does not raise,
+    it is an `error` event.
+    """
+    chat = Chat(settings or Settings.from_env(), agent, store=store)
+    await chat.open()
+    try:
+        turn = await chat.begin_message(Caller(user_id), UserMessage(message), conversation_id)
+        try:
+            async for event in turn.follow():
+                yield event
+        finally:
+            turn.stop("cancelled")
+            await turn.wait()
+    finally:
+        await chat.close()
+
+
+# =================================================================================================== Plain dialect
+# Events as anyone can read them: `id: <turn>-<n>`, `data: {json}`, and `data: [DONE]` at the end.
+# The format of a stream is the HTML standard's: https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+
+class Encoder(Protocol):
+    """Turns a turn's events into the bytes of a stream, for one reader."""
+
+    def begin(self) -> bytes: ...
+
+    def encode(self, seen: int, events: list[Event]) -> bytes:
+        """`events` come after the first `seen` ones."""
+
+    def end(self) -> bytes: ...
+
+
+quote = json.encoder.encode_basestring  # a JSON string with its quotes: several times faster than json.dumps
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+class PlainEncoder:
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+
+    def begin(self) -> bytes:
+        return b""
+
+    def encode(self, seen: int, events: list[Event]) -> bytes:
+        frames = []
+        for number, event in enumerate(events, seen + 1):
+            if event["type"] == "text":
+                data = f'{{"type": "text", "content": {quote(event["content"])}, "message_id": {event["message_id"]}}}'
+            elif event["type"] == "item":
+                continue
+            else:
+                data = to_json(event)
+            frames.append(f"id: {self.turn.id}-{number}\ndata: {data}\n\n")
+        return "".join(frames).encode()
+
+    def end(self) -> bytes:
+        return b"data: [DONE]\n\n"
+
+    def seen_by(self, last_event_id: str | None) -> int:
+        """How many events a reader has that comes back with this Last-Event-ID; 0 if it is not one of this turn's."""
+        turn_id, _, number = (last_event_id or "").rpartition("-")
+        if turn_id != self.turn.id or not re.fullmatch(r"[0-9]{1,9}", number):
+            return 0
+        return int(number) if int(number) <= len(self.turn.events) else 0
+
+
+def plain_message(body: Row) -> tuple[UserMessage, int | None]:
+    """The body of a plain request: the message, and the conversation it goes on in. Raises Refused."""
+    text = body.get("message")
+    if not isinstance(text, str) or not text.strip():
+        raise Refused(400, "Message is required")
+    for name in ("model", "tool_choice"):
+        if not isinstance(body.get(name), (str, type(None))):
+            raise Refused(400, f"{name} must be text")
+    message = UserMessage(text, model=body.get("model"), tool_choice=body.get("tool_choice"))
+    thread_id = body.get("thread_id")
+    return message, None if thread_id is None else row_id(thread_id, "Conversation")
+
+
+def row_id(value: object, what: str) -> int:
+    """A row's id from the wire, a whole number or its decimal string. Raises Refused (404) for what cannot be one."""
+    if type(value) is int or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value)):
+        number = int(cast(Any, value))
+        if 0 < number < 2**63:
+            return number
+    raise Refused(404, f"{what} not found")
+
+
+def rest_conversation(conversation: Row) -> Row:
+    return {name: conversation[name] for name in ("id", "title", "created_at", "updated_at")}
+
+
+def rest_message(row: Row) -> Row:
+    names = ("id", "role", "content", "tool_calls", "status", "feedback", "created_at")
+    message = {name: row[name] for name in names}
+    if row["extra"]:
+        message["extra"] = row["extra"]
+    return message
+
+
+# ================================================================================================= ChatKit dialect
+# The protocol of OpenAI's <openai-chatkit> component. Its source is the official Python SDK, openai-chatkit:
+# chatkit/types.py has the types, chatkit/server.py the behaviour. Here a conversation is called a thread.
+# Ids on the wire are our row ids as text.
+
+DEFAULT_PAGE = 20
+
+
+class Wire(BaseModel):
+    """A part of a request. Fields that it does not name are ignored, as the SDK does."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(Wire):
+    type: Literal["input_text"]
+    text: str
+
+
+class TagPart(Wire):
+    type: Literal["input_tag"]
+    id: str
+    text: str
+    data: dict[str, Any]
+    group: str | None = None
+    interactive: bool = False
+
+
+class ToolChoice(Wire):
+    id: str
+
+
+class InferenceOptions(Wire):
+    model: str | None = None
+    tool_choice: ToolChoice | None = None
+
+
+class MessageInput(Wire):
+    content: list[Annotated[TextPart | TagPart, Field(discriminator="type")]]
+    attachments: list[str] = []
+    quoted_text: str | None = None
+    inference_options: InferenceOptions = InferenceOptions()
+
+    def message(self) -> UserMessage:
+        text = "".join(part.text if part.type == "input_text" else f"@{part.text}" for part in self.content)
+        simple = len(self.content) == 1 and self.content[0].type == "input_text"
+        choice = self.inference_options.tool_choice
+        return UserMessage(
+            text,
+            parts=None if simple else [part.model_dump(exclude_none=True) for part in self.content],
+            quoted_text=self.quoted_text,
+            model=self.inference_options.model,
+            tool_choice=choice.id if choice else None,
+        )
+
+
+class NoParams(Wire):
+    pass
+
+
+class InThread(Wire):
+    thread_id: str
+
+
+class PageParams(Wire):
+    limit: int | None = Field(default=None, ge=1, le=100)
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+
+
+class CreateParams(Wire):
+    input: MessageInput
+
+
+class AddMessageParams(InThread):
+    input: MessageInput
+
+
+class ItemParams(InThread):
+    item_id: str
+
+
+class ItemsPageParams(PageParams, InThread):
+    pass
+
+
+class RenameParams(InThread):
+    title: str
+
+
+class FeedbackParams(InThread):
+    item_ids: list[str] = Field(max_length=100)
+    kind: Literal["positive", "negative"]
+
+
+class ToolOutputParams(InThread):
+    result: Any
+
+
+class Answer(Wire):
+    values: list[str] = []
+    skipped: bool = False
+
+
+class Answers(Wire):
+    status: Literal["answered", "skipped"] = "answered"
+    answers: dict[str, Answer] = {}
+
+
+class AnswersParams(ItemParams):
+    input: Answers
+
+
+class Action(Wire):
+    type: str
+    payload: Any = None
+
+
+class ActionParams(InThread):
+    item_id: str | None = None
+    action: Action
+
+
+OPERATIONS: dict[str, type[Wire]] = {
+    "threads.create": CreateParams,
+    "threads.add_user_message": AddMessageParams,
+    "threads.retry_after_item": ItemParams,
+    "threads.add_client_tool_output": ToolOutputParams,
+    "threads.add_structured_input": AnswersParams,
+    "threads.custom_action": ActionParams,
+    "threads.sync_custom_action": ActionParams,
+    "threads.list": PageParams,
+    "threads.get_by_id": InThread,
+    "threads.update": RenameParams,
+    "threads.delete": InThread,
+    "items.list": ItemsPageParams,
+    "items.feedback": FeedbackParams,
+}
+
+
+def thread_json(conversation: Row, items: Row | None = None) -> Row:
+    status = {"type": conversation["status"]}
+    if conversation["status"] != "active" and conversation["status_reason"]:
+        status["reason"] = conversation["status_reason"]
+    return {
+        "title": conversation["title"],
+        "id": str(conversation["id"]),
+        "created_at": conversation["created_at"],
+        "status": status,
+        "metadata": {},
+        "items": items or page_json([], False),
+    }
+
+
+def page_json(data: list[Row], more: bool) -> Row:
+    page: Row = {"data": data, "has_more": more}
+    if more:
+        page["after"] = data[-1]["id"]
+    return page
+
+
+def output_text(text: str) -> Row:
+    return {"annotations": [], "text": text, "type": "output_text"}
+
+
+def item_json(row: Row) -> Row:
+    """A stored item as a thread item."""
+    extra, role = row["extra"], row["role"]
+    item: Row = {"id": str(row["id"]), "thread_id": str(row["conversation_id"]), "created_at": row["created_at"]}
+    call = row["tool_calls"][0] if row["tool_calls"] else {"id": "", "name": "", "args": {}}
+    if role == "user":
+        item["type"] = "user_message"
+        item["content"] = extra.get("parts") or [{"type": "input_text", "text": row["content"]}]
+        item["attachments"] = []
+        if extra.get("quoted_text"):
+            item["quoted_text"] = extra["quoted_text"]
+        item["inference_options"] = {}
+        if extra.get("tool_choice"):
+            item["inference_options"]["tool_choice"] = {"id": extra["tool_choice"]}
+        if extra.get("model"):
+            item["inference_options"]["model"] = extra["model"]
+    elif role == "assistant":
+        item["type"] = "assistant_message"
+        item["content"] = [output_text(row["content"])]
+    elif role == "reasoning":
+        thought = {"type": "thought", "content": row["content"], "status_indicator": "complete"}
+        item["type"] = "workflow"
+        item["workflow"] = {"type": "reasoning", "tasks": [thought], "expanded": False}
+    elif role == "widget":
+        item["type"] = "widget"
+        item["widget"] = extra.get("widget", {"type": "Card", "children": []})
+        if row["content"]:
+            item["copy_text"] = row["content"]
+    elif role == "input":
+        skipped = row["status"] != "pending" and extra.get("answered") != "answered"
+        item["type"] = "structured_input"
+        item["status"] = "pending" if row["status"] == "pending" else "skipped" if skipped else "answered"
+        item["inputs"] = extra.get("inputs", [])
+    elif "client" in extra:
+        item["type"] = "client_tool_call"
+        item["status"] = "pending" if row["status"] == "pending" else "completed"
+        item["call_id"] = call["id"]
+        item["name"] = extra["client"]["name"]
+        item["arguments"] = extra["client"]["arguments"]
+        if extra.get("output") is not None:
+            item["output"] = extra["output"]
+    else:
+        running = row["status"] == "streaming"
+        item["type"] = "task"
+        item["task"] = {
+            "type": "custom",
+            "title": call["name"],
+            "content": to_json(call["args"]) + (f"\n{row['content']}" if row["content"] else ""),
+            "status_indicator": "loading" if running else "complete" if row["status"] == "done" else "none",
+        }
+    return item
+
+
+class ChatKitEncoder:
+    """A turn's events as the protocol's. What begins the stream depends on the operation."""
+
+    def __init__(self, turn: Turn, *, created: bool = False, new_message: bool = False) -> None:
+        self.turn = turn
+        self.created = created
+        self.new_message = new_message
+        self._thought: str | None = None  # what the growing workflow item says so far
+        self._thought_id = ""
+
+    def begin(self) -> bytes:
+        events: list[Row] = []
+        if self.created:
+            events.append({"type": "thread.created", "thread": thread_json(self.turn.conversation)})
+        if self.new_message and self.turn.user_message is not None:
+            events.append({"type": "thread.item.done", "item": item_json(self.turn.user_message)})
+        events.append({"type": "stream_options", "stream_options": {"allow_cancel": True}})
+        return "".join(self._frame(event) for event in events).encode()
+
+    def encode(self, seen: int, events: list[Event]) -> bytes:
+        frames: list[str] = []
+        for event in events:
+            if event["type"] == "text":
+                frames.append(
+                    f'data: {{"type":"thread.item.updated","item_id":"{event["message_id"]}","update":'
+                    '{"type":"assistant_message.content_part.text_delta","content_index":0,'
+                    f'"delta":{quote(event["content"])}}}}}\n\n'
+                )
+            else:
+                frames += map(self._frame, self._translate(event))
+        return "".join(frames).encode()
+
+    def end(self) -> bytes:
+        return b""
+
+    @staticmethod
+    def _frame(event: Row) -> str:
+        return f"data: {to_json(event)}\n\n"
+
+    def _translate(self, event: Event) -> list[Row]:
+        """The protocol's events for one of ours; mostly one or none."""
+        kind = event["type"]
+        if kind == "item":
+            return self._item(event["change"], event["row"])
+        if kind == "thinking" and event.get("content"):
+            if self._thought is None:
+                return [{"type": "progress_update", "text": event["content"]}]
+            update = "workflow.task.updated" if self._thought else "workflow.task.added"
+            self._thought += event["content"]
+            thought = {"type": "thought", "content": self._thought, "status_indicator": "loading"}
+            return [self._update(self._thought_id, {"type": update, "task_index": 0, "task": thought})]
+        if kind == "tool_call":
+            return [{"type": "progress_update", "text": f"Running {event['name']}"}]
+        if kind == "progress":
+            return [_without_none({"type": "progress_update", "icon": event["icon"], "text": event["content"]})]
+        if kind == "effect":
+            return [{"type": "client_effect", "name": event["name"], "data": event["data"]}]
+        if kind == "notice":
+            return [_without_none(event)]
+        if kind == "error":
+            retry = event["allow_retry"]
+            return [{"type": "error", "code": "custom", "message": event["message"], "allow_retry": retry}]
+        return []
+
+    def _item(self, change: str, row: Row) -> list[Row]:
+        item = item_json(row)
+        if change == "replaced":
+            return [{"type": "thread.item.replaced", "item": item}]
+        if change == "added" and row["role"] == "assistant":
+            item["content"] = []
+            added = {"type": "assistant_message.content_part.added", "content_index": 0, "content": output_text("")}
+            return [{"type": "thread.item.added", "item": item}, self._update(item["id"], added)]
+        if change == "added":
+            self._thought, self._thought_id = "", item["id"]
+            item["workflow"]["tasks"] = []
+            return [{"type": "thread.item.added", "item": item}]
+        done: list[Row] = [{"type": "thread.item.done", "item": item}]
+        if row["role"] == "assistant":
+            part = {"type": "assistant_message.content_part.done", "content_index": 0, "content": item["content"][0]}
+            done.insert(0, self._update(item["id"], part))
+        elif row["role"] == "reasoning":
+            self._thought = None
+        return done
+
+    @staticmethod
+    def _update(item_id: str, update: Row) -> Row:
+        return {"type": "thread.item.updated", "item_id": item_id, "update": update}
+
+
+def _without_none(event: Row) -> Row:
+    return {name: value for name, value in event.items() if value is not None}
+
+
+async def answer_chatkit(chat: Chat, caller: Caller, body: Row) -> Response:
+    """One request of the protocol. Raises Refused."""
+    operation = body["type"]
+    if operation not in OPERATIONS:
+        raise Refused(400, f"Unknown type {str(operation)[:100]!r}")
+    try:
+        params: Any = OPERATIONS[operation].model_validate(body.get("params") or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("params", *first["loc"])))
+        raise Refused(400, f"{where}: {first['msg']}") from None
+    user_id, store = caller.user_id, chat.store
+    thread_id = row_id(params.thread_id, "Thread") if isinstance(params, InThread) else 0
+
+    def stream(turn: Turn, **begins: bool) -> Response:
+        leave = None if chat.settings.on_disconnect == "continue" else lambda: turn.stop("cancelled")
+        return EventStream(turn, ChatKitEncoder(turn, **begins), on_leave=leave)
+
+    if operation == "threads.create":
+        turn = await chat.begin_message(caller, params.input.message())
+        return stream(turn, created=True, new_message=True)
+    if operation == "threads.add_user_message":
+        return stream(await chat.begin_message(caller, params.input.message(), thread_id), new_message=True)
+    if operation == "threads.retry_after_item":
+        return stream(await chat.begin_retry(caller, thread_id, row_id(params.item_id, "Item")))
+    if operation == "threads.add_client_tool_output":
+        return stream(await chat.begin_tool_output(caller, thread_id, params.result))
+    if operation == "threads.add_structured_input":
+        answers = {key: answer.model_dump() for key, answer in params.input.answers.items()}
+        item_id = row_id(params.item_id, "Item")
+        return stream(await chat.begin_answers(caller, thread_id, item_id, params.input.status, answers))
+    if operation in ("threads.custom_action", "threads.sync_custom_action"):
+        item = None if params.item_id is None else row_id(params.item_id, "Item")
+        action = params.action.model_dump()
+        if operation == "threads.custom_action":
+            return stream(await chat.begin_action(caller, thread_id, item, action))
+        row = await chat.act(caller, thread_id, item, action)
+        return JSONResponse({"updated_item": item_json(row)} if row else {})
+    if operation == "threads.list":
+        after = None if params.after is None else row_id(params.after, "Thread")
+        if after is not None:
+            await chat.conversation(user_id, after)
+        rows, more = await store.conversation_page(user_id, params.limit or DEFAULT_PAGE, params.order, after)
+        return JSONResponse(page_json([thread_json(row) for row in rows], more))
+    conversation = await chat.conversation(user_id, thread_id)
+    if operation == "threads.get_by_id":
+        rows, more = await store.message_page(user_id, thread_id, DEFAULT_PAGE, "asc", None)
+        return JSONResponse(thread_json(conversation, page_json([item_json(row) for row in rows], more)))
+    if operation == "threads.update":
+        return JSONResponse(thread_json(await rename(chat, user_id, thread_id, params.title)))
+    if operation == "threads.delete":
+        await chat.delete_conversation(user_id, thread_id)
+        return JSONResponse({})
+    if operation == "items.list":
+        after = None if params.after is None else row_id(params.after, "Item")
+        if after is not None and await store.message(user_id, thread_id, after) is None:
+            raise Refused(404, "Item not found")
+        rows, more = await store.message_page(user_id, thread_id, params.limit or DEFAULT_PAGE, params.order, after)
+        return JSONResponse(page_json([item_json(row) for row in rows], more))
+    assert operation == "items.feedback"
+    item_ids = [row_id(item_id, "Item") for item_id in params.item_ids]
+    if await store.set_feedback(user_id, thread_id, item_ids, params.kind) < len(set(item_ids)):
+        raise Refused(404, "Item not found")
+    return JSONResponse({})
+
+
+async def rename(chat: Chat, user_id: str, conversation_id: int, title: object) -> Row:
+    """The conversation with its new title. Raises Refused."""
+    if not isinstance(title, str) or not 1 <= len(title.strip()) <= 200:
+        raise Refused(400, "title must be text of 1 to 200 characters")
+    conversation = await chat.store.rename_conversation(user_id, conversation_id, title.strip())
+    if conversation is None:
+        raise Refused(404, "Conversation not found")
+    return conversation
+
+
+# ============================================================================================================ HTTP
+# create_app(), who may call, the routes.
+
+KEEP_ALIVE = 15.0  # seconds of silence after which a comment keeps proxies from closing a stream
+COALESCE = 0.008  # seconds between two chunks of a stream that flows: nobody sees it, and a hundred streams feel it
+MAX_BODY = 1024 * 1024  # bytes
+MAX_DEPTH = 64  # of nested JSON
+
+
+class EventStream(Response):
+    """A turn as server-sent events, from the `seen`-th event on, until it ends or the reader leaves.
+
+    A reader that takes all its time holds up nobody: `send` waits for it here, and the turn goes on.
+    """
+
+    def __init__(
+        self, turn: Turn, encoder: Encoder, *, seen: int = 0, on_leave: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"X-Thread-Id": str(turn.conversation_id), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        del self.headers["content-length"]
+        self.turn = turn
+        self.encoder = encoder
+        self.seen = seen
+        self.on_leave = on_leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        turn, loop = self.turn, asyncio.get_running_loop()
+        left = loop.create_task(_until_disconnect(receive))
+        left.add_done_callback(turn.wake)
+        heartbeat = loop.call_later(KEEP_ALIVE, turn.wake)
+
+        async def write(chunk: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await write(self.encoder.begin())
+            last, flowing = loop.time(), False
+            while not left.done():
+                if len(turn.events) > self.seen:
+                    pause = last + COALESCE - loop.time()
+                    if flowing and pause > 0 and not turn.finished:
+                        await asyncio.sleep(pause)
+                    events = turn.events[self.seen :]
+                    await write(self.encoder.encode(self.seen, events))
+                    self.seen += len(events)
+                    last, flowing = loop.time(), events[-1]["type"] == "text"
+                elif turn.finished:
+                    await write(self.encoder.end(), more=False)
+                    return
+                elif loop.time() - last >= KEEP_ALIVE:
+                    await write(b": keep-alive\n\n")
+                    last = loop.time()
+                else:
+                    if heartbeat.when() <= loop.time():
+                        heartbeat = loop.call_later(KEEP_ALIVE - (loop.time() - last), turn.wake)
+                    await turn.wait_beyond(self.seen)
+        finally:
+            heartbeat.cancel()
+            left.remove_done_callback(turn.wake)
+            left.cancel()
+            if not turn.finished and self.on_leave is not None:
+                self.on_leave()
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def read_body(request: Request, limit: int = MAX_BODY) -> bytes:
+    """The body, refused while it is read where it is longer than `limit` bytes. Raises Refused."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise Refused(413, f"The request is larger than {limit:,} bytes")
+    return bytes(body)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a JSON number")
+    return number
+
+
+async def read_json(request: Request) -> Row:
+    """The body as a JSON object whose text can be stored. Raises Refused.
+
+    Only JSON is taken as JSON: a page on another site can post text/plain or a form to localhost without asking.
+    """
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Refused(415, "The content type must be application/json")
+    body = await read_body(request)
+    try:
+        value = json.loads(body, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, half a character, a number of thousands of digits
+        raise Refused(400, "Invalid JSON") from None
+    if not isinstance(value, dict):
+        raise Refused(400, "Invalid JSON")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        containers = (part for part in level if isinstance(part, (dict, list)))
+        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return value
+    raise Refused(400, f"The JSON is nested more than {MAX_DEPTH} levels deep")
+
+
+class Gate:
+    """ASGI middleware in front of every route: who may call, trailing slashes, and one log line a request."""
+
+    def __init__(self, app: ASGIApp, chat: Chat, authenticate: Authenticate) -> None:
+        self.app = app
+        self.chat = chat
+        self.authenticate = authenticate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, caller = time.monotonic(), 500, None
+        path = scope["path"][len(scope.get("root_path", "")) :].rstrip("/") or "/"
+        scope = {**scope, "path": scope.get("root_path", "") + path}  # with and without a trailing slash, no redirect
+
+        async def noting_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            request = Request(scope)
+            self._check_origin(request)
+            if path not in OPEN_PATHS:
+                caller = await self.authenticate(request)
+                scope.setdefault("state", {})["caller"] = caller
+            await self.chat.open()
+            await self.app(scope, receive, noting_status)
+        except (Refused, StoreError, sqlite3.Error) as error:
+            await failure(self.chat, error)(scope, receive, noting_status)
+        finally:
+            log.info(
+                "%s %s %d %.0fms user=%s",
+                scope["method"],
+                printable(path),
+                status,
+                (time.monotonic() - began) * 1000,
+                printable(caller.user_id) if caller else "-",
+            )
+
+    def _check_origin(self, request: Request) -> None:
+        """Keep other sites' pages out. Raises Refused.
+
+        Without a token, being on this machine is all that a caller shows. So the connection must have come in over
+        loopback, the Host must be a name for it (another one is DNS rebinding), and what changes anything must not
+        come from a foreign page. Addresses that are not IP addresses are those of tests, or of a Unix socket.
+        """
+        server = request.scope.get("server") or ("", None)
+        host = request.headers.get("host", "")
+        if not self.chat.settings.needs_token and is_ip(server[0]):
+            if not is_loopback(server[0]):
+                raise Refused(403, "Without CHATKIT_JWT_SECRET this server answers on loopback only")
+            if not is_loopback(host_name(host)):
+                raise Refused(403, "The Host is not a name of this machine")
+        origin = request.headers.get("origin")
+        if origin is None or request.method in ("GET", "HEAD", "OPTIONS"):
+            return
+        same = origin.split("://")[-1].lower() == host.lower()
+        if not same and origin.rstrip("/") not in self.chat.settings.cors_origins:
+            raise Refused(403, "Requests from this origin are not allowed: see CHATKIT_CORS_ORIGINS")
+
+
+OPEN_PATHS = ("/", "/health")  # what anybody may read
+
+
+def host_name(host: str) -> str:
+    """The Host header without its port."""
+    return host[1:].split("]")[0] if host.startswith("[") else host.split(":")[0]
+
+
+def is_ip(host: object) -> bool:
+    try:
+        ipaddress.ip_address(str(host))
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    if is_ip(host):
+        address = ipaddress.ip_address(host)
+        return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)
+    return host.lower() in ("localhost", "localhost.") or host.lower().endswith(".localhost")
+
+
+def failure(chat: Chat, error: Exception) -> Response:
+    """The response for what a route raised."""
+    if isinstance(error, Refused):
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(error.retry_after)
+        return JSONResponse({"detail": error.detail}, error.status, headers)
+    chat.log_exception("the database failed", error)
+    return JSONResponse({"detail": storage_text(error)}, 503, {"Retry-After": "5"})
+
+
+# ---- who may call
+
+Authenticate = Callable[[Request], Awaitable[Caller]]
+
+MAX_TOKEN = 8192  # characters
+
+
+def authenticator(settings: Settings) -> Authenticate:
+    """A function that finds out who sent a request, and raises Refused (401) where that is not clear."""
+
+    async def authenticate(request: Request) -> Caller:
+        locale = request.headers.get("accept-language", "").split(",")[0].split(";")[0].strip()[:35] or "en"
+        if not settings.needs_token:
+            return Caller(locale=locale)
+        given = request.headers.getlist("authorization")
+        scheme, _, token = given[0].strip().partition(" ") if len(given) == 1 else ("", "", "")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
+            raise Refused(401, "A bearer token is required")
+        return Caller(await verify_token(token, settings), by_token=True, locale=locale)
+
+    return authenticate
+
+
+async def verify_token(token: str, settings: Settings) -> str:
+    """The user whom a JSON Web Token (RFC 7519) names. Raises Refused (401)."""
+    import jwt  # here, because without tokens nobody waits for it
+
+    try:
+        claims = jwt.decode(
+            token,
+            settings.jwt_secret or "",
+            algorithms=["HS256"],
+            audience=settings.jwt_audience,
+            issuer=settings.jwt_issuer,
+            options={"require": ["exp"], "verify_aud": settings.jwt_audience is not None},
+        )
+    except jwt.ExpiredSignatureError:
+        raise Refused(401, "The token has expired") from None
+    except jwt.PyJWTError as error:
+        log.debug("a token was rejected: %s", type(error).__name__)
+        raise Refused(401, "The token is not valid") from None
+    user_id = claims.get("sub", claims.get("id"))
+    if not isinstance(user_id, str) or not user_id.strip() or len(user_id) > 255 or not _is_unicode(user_id):
+        raise Refused(401, "The token names no user")
+    return user_id
+
+
+def make_token(settings: Settings, user_id: str, seconds: int = 24 * 3600) -> str:
+    """A signed token for a user, for trying things out. Raises SettingsError without a secret."""
+    import jwt
+
+    if not settings.jwt_secret:
+        raise SettingsError("Set CHATKIT_JWT_SECRET first: a token is signed with it.")
+    claims: Row = {"sub": user_id, "exp": int(time.time()) + seconds}
+    if settings.jwt_audience:
+        claims["aud"] = settings.jwt_audience
+    if settings.jwt_issuer:
+        claims["iss"] = settings.jwt_issuer
+    return jwt.encode(claims, settings.jwt_secret, algorithm="HS256")
+
+
+# ---- the app
+
+
+async def caller_of(request: Request) -> Caller:
+    return cast(Caller, request.state.caller)
+
+
+Who = Annotated[Caller, Depends(caller_of)]
+
+
+def create_app(
+    agent: Agent[Any] | None = None,
+    *,
+    settings: Settings | None = None,
+    on_action: ActionHandler | None = None,
+    **overrides: Any,
+) -> FastAPI:
+    """The application, ready for uvicorn, a test client, or mounting in another one.
+
+        app = create_app(my_agent, database=":memory:")
+
+    `agent` is any Agents SDK agent; without one, the to-do assistant answers. If it names no model, it gets the one
+    that Models finds. `settings` are Settings.from_env() where they are not given; `overrides` are fields of them.
+    `on_action(context, action, item)` deals with clicks in widgets: `action` is {"type", "payload"}, `item` the
+    widget's row or None; ValueError and LookupError refuse it. Raises SettingsError.
+    """
+    if settings is None:
+        settings = Settings.from_env(**overrides)
+    elif overrides:
+        settings = replace(settings, **overrides)
+    chat = Chat(settings, agent, on_action=on_action)
+    set_tracing_disabled(not settings.tracing)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await chat.open()
+        try:
+            yield
+        finally:
+            await chat.close()
+
+    app = FastAPI(title="ChatKit server", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False)
+    app.state.chat = chat
+    app.add_middleware(Gate, chat=chat, authenticate=authenticator(settings))
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST", "PATCH", "DELETE"],
+        allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
+        expose_headers=["X-Thread-Id", "Retry-After"],
+    )
+
+    @app.exception_handler(Refused)
+    @app.exception_handler(StoreError)
+    @app.exception_handler(sqlite3.Error)
+    async def refuse(_: Request, error: Exception) -> Response:
+        return failure(chat, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameters(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return JSONResponse({"detail": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
+
+    def plain_stream(turn: Turn) -> Response:
+        return EventStream(turn, PlainEncoder(turn))
+
+    @app.post("/chatkit", openapi_extra=body_schema(CHATKIT_BODY))
+    async def post_chatkit(request: Request, caller: Who) -> Response:
+        """Answer a message (plain dialect), or one request of the ChatKit protocol."""
+        body = await read_json(request)
+        if "type" in body:
+            return await answer_chatkit(chat, caller, body)
+        message, conversation_id = plain_message(body)
+        return plain_stream(await chat.begin_message(caller, message, conversation_id))
+
+    @app.get("/api/conversations")
+    async def get_conversations(
+        caller: Who, limit: Annotated[int, Query(ge=1, le=100)] = 50, offset: Annotated[int, Query(ge=0, le=2**31)] = 0
+    ) -> Response:
+        """The caller's conversations, the most recent first."""
+        rows = await chat.store.conversations(caller.user_id, limit, offset)
+        return JSONResponse([rest_conversation(row) for row in rows])
+
+    @app.get("/api/conversations/recent/first")
+    async def get_most_recent(caller: Who) -> Response:
+        """The most recent conversation, or null."""
+        rows = await chat.store.conversations(caller.user_id, 1)
+        return JSONResponse(rest_conversation(rows[0]) if rows else None)
+
+    @app.get("/api/conversations/{conversation_id}")
+    async def get_conversation(conversation_id: str, caller: Who) -> Response:
+        """A conversation with all its messages."""
+        conversation = await chat.conversation(caller.user_id, row_id(conversation_id, "Conversation"))
+        rows = await chat.store.messages(caller.user_id, conversation["id"])
+        return JSONResponse({**rest_conversation(conversation), "messages": [rest_message(row) for row in rows]})
+
+    @app.patch("/api/conversations/{conversation_id}", openapi_extra=body_schema(PATCH_BODY))
+    async def patch_conversation(conversation_id: str, request: Request, caller: Who) -> Response:
+        """Rename a conversation, or lock, close or reopen it."""
+        number = row_id(conversation_id, "Conversation")
+        conversation = await chat.conversation(caller.user_id, number)
+        body = await read_json(request)
+        status, reason = body.get("status"), body.get("reason")
+        if "title" not in body and "status" not in body:
+            raise Refused(400, "Give a title, or a status")
+        if "status" in body and status not in ("active", "locked", "closed"):
+            raise Refused(400, "status must be active, locked or closed")
+        if reason is not None and (not isinstance(reason, str) or len(reason) > 500):
+            raise Refused(400, "reason must be text of at most 500 characters")
+        if "title" in body:
+            conversation = await rename(chat, caller.user_id, number, body["title"])
+        if "status" in body:
+            changed = await chat.store.set_conversation_status(caller.user_id, number, cast(str, status), reason)
+            conversation = changed or conversation
+        fields = rest_conversation(conversation)
+        return JSONResponse({**fields, "status": conversation["status"], "reason": conversation["status_reason"]})
+
+    @app.delete("/api/conversations/{conversation_id}")
+    async def delete_conversation(conversation_id: str, caller: Who) -> Response:
+        """Stop what is being answered, and remove the conversation with all that belongs to it."""
+        number = row_id(conversation_id, "Conversation")
+        await chat.delete_conversation(caller.user_id, number)
+        return JSONResponse({"status": "deleted", "id": number})
+
+    @app.get("/api/conversations/{conversation_id}/stream")
+    async def get_stream(
+        conversation_id: str, caller: Who, last_event_id: Annotated[str | None, Header()] = None
+    ) -> Response:
+        """Join the running answer, from its start or after Last-Event-ID; 204 where none runs."""
+        conversation = await chat.conversation(caller.user_id, row_id(conversation_id, "Conversation"))
+        turn = chat.turns.get(conversation["id"])
+        if turn is None:
+            return Response(status_code=204)
+        encoder = PlainEncoder(turn)
+        return EventStream(turn, encoder, seen=encoder.seen_by(last_event_id))
+
+    @app.post("/api/conversations/{conversation_id}/cancel")
+    async def post_cancel(conversation_id: str, caller: Who) -> Response:
+        """Stop the running answer; what was said so far is kept. 409 where none runs."""
+        await chat.cancel(caller.user_id, row_id(conversation_id, "Conversation"))
+        return JSONResponse({"status": "cancelled"})
+
+    @app.post("/api/conversations/{conversation_id}/retry")
+    async def post_retry(conversation_id: str, caller: Who) -> Response:
+        """Remove all that came after the last user's message, and answer that anew: a plain stream."""
+        return plain_stream(await chat.begin_retry(caller, row_id(conversation_id, "Conversation")))
+
+    @app.post("/api/conversations/{conversation_id}/tool_output", openapi_extra=body_schema(TOOL_OUTPUT_BODY))
+    async def post_tool_output(conversation_id: str, request: Request, caller: Who) -> Response:
+        """Give the pending client tool call its result; the agent goes on: a plain stream."""
+        number = row_id(conversation_id, "Conversation")
+        body = await read_json(request)
+        if "result" not in body or not isinstance(body.get("id"), (str, type(None))):
+            raise Refused(400, "Give a result, and the id of the call if you like")
+        return plain_stream(await chat.begin_tool_output(caller, number, body["result"], body.get("id")))
+
+    @app.post("/api/conversations/{conversation_id}/answers", openapi_extra=body_schema(ANSWERS_BODY))
+    async def post_answers(conversation_id: str, request: Request, caller: Who) -> Response:
+        """Answer pending questions, or skip them; the agent goes on: a plain stream."""
+        number = row_id(conversation_id, "Conversation")
+        body = await read_json(request)
+        try:
+            given = Answers.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Refused(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        answers = {key: answer.model_dump() for key, answer in given.answers.items()}
+        item_id = row_id(body.get("item_id"), "Item")
+        return plain_stream(await chat.begin_answers(caller, number, item_id, given.status, answers))
+
+    if chat.has_tasks:
+
+        @app.get("/api/tasks")
+        async def get_tasks(caller: Who) -> Response:
+            """The to-do list of the built-in assistant."""
+            return JSONResponse(await chat.store.tasks(caller.user_id))
+
+        @app.patch("/api/tasks/{task_id}", openapi_extra=body_schema(TASK_BODY))
+        async def patch_task(task_id: str, request: Request, caller: Who) -> Response:
+            """Tick a task, or untick it."""
+            number = row_id(task_id, "Task")
+            done = (await read_json(request)).get("done")
+            if not isinstance(done, bool):
+                raise Refused(400, "done must be true or false")
+            task = await chat.store.update_task(caller.user_id, number, done=done)
+            if task is None:
+                raise Refused(404, "Task not found")
+            return JSONResponse(task)
+
+    @app.get("/health")
+    async def get_health() -> Response:
+        """Whether the database answers; and which model does."""
+        await chat.store.check()
+        return JSONResponse({"status": "healthy", "model": chat.model_name})
+
+    return app
+
+
+def body_schema(properties: Row) -> Row:
+    """What the OpenAPI document says of a body that a route reads by itself."""
+    schema = {"type": "object", "properties": properties}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+CHATKIT_BODY: Row = {
+    "message": {"type": "string", "description": "plain dialect: what the person says"},
+    "thread_id": {"type": "integer", "description": "plain dialect: the conversation to go on with"},
+    "model": {"type": "string"},
+    "tool_choice": {"type": "string"},
+    "type": {"type": "string", "enum": list(OPERATIONS), "description": "ChatKit protocol: the operation"},
+    "params": {"type": "object", "description": "ChatKit protocol: its parameters"},
+}
+PATCH_BODY: Row = {
+    "title": {"type": "string", "minLength": 1, "maxLength": 200},
+    "status": {"type": "string", "enum": ["active", "locked", "closed"]},
+    "reason": {"type": "string"},
+}
+TOOL_OUTPUT_BODY: Row = {"result": {}, "id": {"type": "string"}}
+ANSWERS_BODY: Row = {
+    "item_id": {"type": "integer"},
+    "status": {"type": "string", "enum": ["answered", "skipped"]},
+    "answers": {"type": "object"},
+}
+TASK_BODY: Row = {"done": {"type": "boolean"}}
+
+
+# =========================================================================================================== Start
+# main() and serve_in_background().
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says where it listens, and ends the running turns before it waits for their readers to leave."""
+
+    announcement = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.announcement:
+            print(self.announcement, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.config.app.state.chat.stop_turns()  # type: ignore[union-attr]  # the app is always create_app()'s
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI) -> Server:
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    return Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 picks a free one. Raises SettingsError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "something listens there already; stop it, or choose another with --port"
+        raise SettingsError(f"Cannot listen on {host} port {port}: {reason}.") from None
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises SettingsError where everybody on the network could call without a token."""
+    if not settings.needs_token and not is_loopback(settings.host):
+        raise SettingsError(
+            f"Listening on {settings.host} lets others in: set CHATKIT_JWT_SECRET, so that they need a token."
+        )
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    everywhere = ipaddress.ip_address(host).is_unspecified
+    name = "localhost" if is_loopback(host) or everywhere else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
+
+
+class BackgroundServer:
+    """A server in a thread of its own: see serve_in_background()."""
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        """Starts it, and returns when it answers. Raises SettingsError, StoreError."""
+        check_exposure(replace(app.state.chat.settings, host=host))
+        self._listener = listen(host, port)
+        self.url = url_of(self._listener)
+        self._server = make_server(app)
+        self._chat: Chat = app.state.chat
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="chatkit server", daemon=True)
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.005)
+        if self._failure is not None:
+            self._listener.close()
+            raise self._failure
+
+    def _serve(self) -> None:
+        try:
+            run(serve(self._server, self._chat, self._listener), self._server)
+        except (StoreError, SettingsError) as error:
+            self._failure = error
+
+    def stop(self) -> None:
+        """Save and end what is running, and return when nothing of the server is left."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def __enter__(self) -> str:
+        return self.url
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def serve_in_background(app: FastAPI | None = None, *, host: str = "127.0.0.1", port: int = 0) -> BackgroundServer:
+    """Serve an app of create_app() beside what this process does, in a notebook above all.
+
+        server = serve_in_background(create_app(my_agent, database=":memory:"))
+        server.url
+        server.stop()
+
+    or `with serve_in_background() as url:`. Port 0 is a free one. Raises SettingsError, StoreError.
+    """
+    return BackgroundServer(app or create_app(), host, port)
+
+
+async def serve(server: Server, chat: Chat, listener: socket.socket) -> None:
+    await chat.open()  # here rather than in the lifespan, which would report a failure with a traceback
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await chat.close()
+
+
+def run(main: Coroutine[Any, Any, None], server: Server) -> None:
+    """asyncio.run(), on the event loop that uvicorn prefers."""
+    loop = (server.config.get_loop_factory() or asyncio.new_event_loop)()
+    try:
+        loop.run_until_complete(main)
+    finally:
+        leftover = asyncio.all_tasks(loop)
+        for task in leftover:
+            task.cancel()
+        if leftover:
+            loop.run_until_complete(asyncio.wait(leftover))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+class LogFormatter(logging.Formatter):
+    """One readable line, without secrets."""
+
+    def __init__(self, secret_values: list[str]) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s", "%H:%M:%S")
+        self.secret_values = secret_values
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record), self.secret_values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """What `python chatkit_server.py` does; the exit status comes back."""
+    parser = argparse.ArgumentParser(description="A complete ChatKit backend in one file.")
+    parser.add_argument("--host", help="where to listen (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="0 is a free one (8000)")
+    parser.add_argument("--database", help="a file, or :memory: (chatkit.db)")
+    parser.add_argument("--model", help="demo, gpt-..., gemini/..., anthropic/..., ollama_chat/...")
+    parser.add_argument("--token", metavar="USER", help="print a token for this user, and exit")
+    flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    user = flags.pop("token", None)
+    try:
+        settings = Settings.from_env(**flags)
+        handler = logging.StreamHandler()
+        logging.basicConfig(handlers=[handler], level=logging.WARNING)
+        log.setLevel(settings.log_level.upper())
+        if user is not None:
+            print(make_token(settings, user))
+            return 0
+        check_exposure(settings)
+        app = create_app(settings=settings)
+        chat: Chat = app.state.chat
+        handler.setFormatter(LogFormatter(chat.secrets))
+        listener = listen(settings.host, settings.port)
+        with contextlib.closing(listener):
+            server = make_server(app)
+            server.announcement = (
+                f"Listening on {url_of(listener)}\n"
+                f"Model: {chat.model_name}\n"
+                f"Data:  {'in memory, gone at the end' if settings.database == ':memory:' else settings.database}"
+            )
+            run(serve(server, chat, listener), server)
+    except (SettingsError, StoreError) as error:
+        print(f"chatkit_server: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    if threading.active_count() > 1:  # a tool that hangs in a thread must not keep the process
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)

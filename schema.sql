@@ -1,0 +1,60 @@
+-- The whole memory of the server: who talked about what, and what is still to do.
+--
+-- `Store.open()` runs this file on every database that is older than its SCHEMA_VERSION, new ones among them, in one
+-- transaction; so everything in it can be run again. The version of a file is its `PRAGMA user_version`.
+-- Times are UTC, ISO 8601 with milliseconds and a Z. JSON is kept as text.
+
+-- One conversation, which ChatKit calls a thread.
+CREATE TABLE IF NOT EXISTS conversations (
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,  -- an id that was deleted never comes back to mean something else
+    user_id       TEXT NOT NULL,
+    title         TEXT NOT NULL,
+    status        TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'locked', 'closed')),
+    status_reason TEXT,                               -- shown to whoever tries to write in a locked or closed one
+    created_at    TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    updated_at    TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+) STRICT;
+
+-- Newest first, as the REST list shows them; and in the order they were begun, as ChatKit pages through them.
+CREATE INDEX IF NOT EXISTS conversations_by_use ON conversations (user_id, updated_at DESC, id DESC);
+CREATE INDEX IF NOT EXISTS conversations_by_age ON conversations (user_id, id);
+
+-- One item of a conversation: a row is what the model is shown, what REST returns, and what ChatKit calls an item.
+--   user       what the person wrote                       assistant  what the model said
+--   tool       one tool call and, in content, its result   reasoning  the model's summary of its thoughts
+--   widget     a widget; content is its plain text         input      questions to the person; content is the answers
+--   system     context for the model, never shown
+CREATE TABLE IF NOT EXISTS messages (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation_id INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+    role            TEXT NOT NULL
+                    CHECK (role IN ('user', 'assistant', 'tool', 'reasoning', 'widget', 'input', 'system')),
+    content         TEXT NOT NULL DEFAULT '',
+    tool_calls      TEXT CHECK (tool_calls IS NULL OR json_valid(tool_calls)),  -- [{"id", "name", "args"}], just one
+    status          TEXT NOT NULL DEFAULT 'done'
+                    CHECK (status IN ('streaming', 'pending', 'done', 'cancelled', 'failed', 'interrupted')),
+    feedback        TEXT CHECK (feedback IN ('positive', 'negative')),
+    extra           TEXT CHECK (extra IS NULL OR json_valid(extra)),            -- what only one kind of row has
+    created_at      TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+) STRICT;
+
+CREATE INDEX IF NOT EXISTS messages_in_order ON messages (conversation_id, id);
+-- The few rows that are not finished: what a crash left behind, and what waits for the person's side.
+CREATE INDEX IF NOT EXISTS messages_streaming ON messages (conversation_id) WHERE status = 'streaming';
+CREATE INDEX IF NOT EXISTS messages_pending ON messages (conversation_id) WHERE status = 'pending';
+
+DROP TRIGGER IF EXISTS message_moves_conversation;
+CREATE TRIGGER message_moves_conversation AFTER INSERT ON messages BEGIN
+    UPDATE conversations SET updated_at = new.created_at WHERE id = new.conversation_id;
+END;
+
+-- The to-do list that the built-in assistant works on.
+CREATE TABLE IF NOT EXISTS tasks (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id    TEXT NOT NULL,
+    title      TEXT NOT NULL,
+    done       INTEGER NOT NULL DEFAULT 0 CHECK (done IN (0, 1)),
+    created_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+) STRICT;
+
+CREATE INDEX IF NOT EXISTS tasks_of_user ON tasks (user_id, id);
