@@ -40,6 +40,8 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Pytho
 
 import argparse
 import asyncio
+import base64
+import binascii
 import contextlib
 import errno
 import ipaddress
@@ -54,6 +56,7 @@ import sqlite3
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -111,6 +114,8 @@ try:
     )
     from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
@@ -231,7 +236,17 @@ class Settings:
 # =========================================================================================================== Store
 # All SQL, and nothing but SQL. Rows come out as plain dicts whose JSON columns are decoded.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# What an older file needs beside schema.sql, by the version that it has.
+UPGRADES = {
+    1: """INSERT INTO message_search (rowid, owner, body)
+          SELECT m.id, hex(c.user_id), m.content FROM messages m JOIN conversations c ON c.id = m.conversation_id
+          WHERE m.role IN ('user', 'assistant') AND m.status <> 'streaming';
+          INSERT INTO title_search (rowid, owner, body) SELECT id, hex(user_id), title FROM conversations;"""
+}
+
+SEARCH_DEPTH = 1000  # the newest hits that a search looks at: its time does not grow with the file
 
 Row = dict[str, Any]
 Page = tuple[list[Row], bool]  # the rows, and whether there are more
@@ -299,8 +314,9 @@ class Store:
         if version < SCHEMA_VERSION:
             schema = (HERE / "schema.sql").read_text(encoding="utf-8")
             assert self._connection is not None
+            upgrades = " ".join(UPGRADES[step] for step in range(max(version, 1), SCHEMA_VERSION) if version)
             await self._connection.executescript(
-                f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+                f"BEGIN IMMEDIATE; {schema}; {upgrades} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
             )
         # What was being written when the process died stays as it is, and says so.
         await self._write("UPDATE messages SET status = 'interrupted' WHERE status = 'streaming'")
@@ -352,19 +368,45 @@ class Store:
 
     # ---- conversations
 
-    async def begin(self, user_id: str, title: str, content: str, extra: Row | None = None) -> tuple[Row, Row]:
-        """A new conversation with its first user message: both, or neither."""
+    async def add_user_message(
+        self,
+        user_id: str,
+        conversation_id: int | None,
+        title: str,
+        content: str,
+        extra: Row | None = None,
+        attachment_ids: list[str] | None = None,
+    ) -> tuple[Row, Row]:
+        """A conversation and the user's message in it, a new one with `title` where none is named: both, or neither.
+
+        The attachments become the message's; what a message needs to know of them is in its extra. Raises LookupError
+        where the user has no such conversation, or no such uploaded file that is not yet sent.
+        """
+        wanted = json.dumps(attachment_ids or [])
         async with self._transaction():
-            conversation = (
-                await self._read("INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *", user_id, title)
-            )[0]
-            message = await self._read(
-                "INSERT INTO messages (conversation_id, role, content, extra) VALUES (?, 'user', ?, ?) RETURNING *",
-                conversation["id"],
-                content,
-                _json(extra),
-            )
-        return dict(conversation), _message(message[0])
+            if conversation_id is None:
+                sql = "INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *"
+                conversations = await self._read(sql, user_id, title)
+            else:
+                sql = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
+                conversations = await self._read(sql, conversation_id, user_id)
+            if not conversations:
+                raise LookupError("Conversation not found")
+            if attachment_ids:
+                files = await self._read(
+                    """SELECT a.id, a.key, a.name, a.mime_type, a.size FROM json_each(?) w JOIN attachments a
+                       ON a.id = w.value WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL""",
+                    wanted,
+                    user_id,
+                )
+                if len(files) < len(attachment_ids):
+                    raise LookupError("Attachment not found")
+                extra = {**(extra or {}), "attachments": [dict(file) for file in files]}
+            sql = "INSERT INTO messages (conversation_id, role, content, extra) VALUES (?, 'user', ?, ?) RETURNING *"
+            message = (await self._read(sql, conversations[0]["id"], content, _json(extra)))[0]
+            sql = "UPDATE attachments SET message_id = ? WHERE user_id = ? AND id IN (SELECT value FROM json_each(?))"
+            await self._read(sql, message["id"], user_id, wanted)
+        return dict(conversations[0]), _message(message)
 
     async def conversation(self, user_id: str, conversation_id: int) -> Row | None:
         rows = await self._read("SELECT * FROM conversations WHERE id = ? AND user_id = ?", conversation_id, user_id)
@@ -378,6 +420,30 @@ class Store:
             user_id,
             limit,
             offset,
+        )
+        return [dict(row) for row in rows]
+
+    async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
+        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
+        terms = " AND ".join('"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split())
+        query = f'owner : "{user_id.encode().hex().upper()}" AND body : ({terms})'
+        rows = await self._read(
+            """WITH hits AS (
+                   SELECT m.conversation_id AS id FROM (
+                       SELECT rowid FROM message_search WHERE message_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
+                   ) hit CROSS JOIN messages m ON m.id = hit.rowid
+                   UNION
+                   SELECT rowid FROM (
+                       SELECT rowid FROM title_search WHERE title_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
+                   )
+               )
+               SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?2
+               ORDER BY c.updated_at DESC, c.id DESC LIMIT ?3 OFFSET ?4""",
+            query,
+            user_id,
+            limit,
+            offset,
+            SEARCH_DEPTH,
         )
         return [dict(row) for row in rows]
 
@@ -582,6 +648,72 @@ class Store:
             kind,
         )
         return len(rows)
+
+    # ---- attachments: files that a person sends
+
+    async def add_attachment(
+        self, user_id: str, name: str, mime_type: str, size: int, data: bytes | None = None
+    ) -> Row:
+        """A file that is announced, or with `data` is there; what nobody sent within a day is removed on the way."""
+        await self._write(
+            """DELETE FROM attachments WHERE message_id IS NULL
+               AND created_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')"""
+        )
+        rows = await self._write(
+            """INSERT INTO attachments (id, user_id, key, name, mime_type, size, data) VALUES (?, ?, ?, ?, ?, ?, ?)
+               RETURNING id, key, name, mime_type, size""",
+            "att_" + secrets.token_hex(12),
+            user_id,
+            secrets.token_urlsafe(24),
+            name,
+            mime_type,
+            size,
+            data,
+        )
+        return dict(rows[0])
+
+    async def announced_attachment(self, attachment_id: str, key: str) -> Row | None:
+        """A file that waits for its upload, for whoever has its key."""
+        sql = "SELECT id, name, mime_type, size FROM attachments WHERE id = ? AND key = ? AND data IS NULL"
+        rows = await self._read(sql, attachment_id, key)
+        return dict(rows[0]) if rows else None
+
+    async def fill_attachment(self, attachment_id: str, key: str, data: bytes) -> Row | None:
+        """The upload, which works once."""
+        rows = await self._write(
+            """UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL
+               RETURNING id, key, name, mime_type, size""",
+            data,
+            attachment_id,
+            key,
+        )
+        return dict(rows[0]) if rows else None
+
+    async def attachment(self, attachment_id: str, *, user_id: str | None = None, key: str | None = None) -> Row | None:
+        """A file with its bytes, for its owner or for whoever has its key."""
+        rows = await self._read(
+            """SELECT id, name, mime_type, size, data FROM attachments
+               WHERE id = ? AND (user_id = ? OR key = ?) AND data IS NOT NULL""",
+            attachment_id,
+            user_id,
+            key,
+        )
+        return dict(rows[0]) if rows else None
+
+    async def attachment_data(self, user_id: str, message_ids: list[int]) -> dict[str, bytes]:
+        """The bytes of all files of some messages, by the file's id."""
+        rows = await self._read(
+            """SELECT a.id, a.data FROM json_each(?) w JOIN attachments a ON a.message_id = w.value
+               WHERE a.user_id = ?""",
+            json.dumps(message_ids),
+            user_id,
+        )
+        return {row["id"]: row["data"] for row in rows}
+
+    async def delete_attachment(self, user_id: str, attachment_id: str) -> bool:
+        """Only what was not sent: a message keeps its files."""
+        sql = "DELETE FROM attachments WHERE id = ? AND user_id = ? AND message_id IS NULL RETURNING id"
+        return bool(await self._write(sql, attachment_id, user_id))
 
     # ---- tasks: the to-do list of the built-in assistant
 
@@ -1273,13 +1405,22 @@ class Models(ModelProvider):
                 f"The model {name!r} is one of OpenAI's and needs OPENAI_API_KEY, or OPENAI_BASE_URL for a server "
                 "that speaks its API. Names of other providers have a slash, as in gemini/gemini-2.5-flash."
             )
+        if self.client.base_url.host == "api.openai.com":
+            return OpenAIResponsesModel(model=name, openai_client=self.client)
+        return OpenAIChatCompletionsModel(model=name, openai_client=self.client)
+
+    @property
+    def client(self) -> AsyncOpenAI:
         if self._client is None:
-            self._client = AsyncOpenAI(
-                api_key=self.settings.openai_api_key or "none", base_url=self.settings.openai_base_url
-            )
-        if self._client.base_url.host == "api.openai.com":
-            return OpenAIResponsesModel(model=name, openai_client=self._client)
-        return OpenAIChatCompletionsModel(model=name, openai_client=self._client)
+            key = self.settings.openai_api_key or "none"  # local servers ask for none
+            self._client = AsyncOpenAI(api_key=key, base_url=self.settings.openai_base_url)
+        return self._client
+
+    async def transcribe(self, audio: bytes, mime_type: str) -> str:
+        """Speech to text at OpenAI, which knows a recording's format by its file name."""
+        name = "audio." + mime_type.split("/")[-1]
+        model = "gpt-4o-mini-transcribe"
+        return (await self.client.audio.transcriptions.create(model=model, file=(name, audio, mime_type))).text
 
     def _make_litellm(self, name: str) -> Model:
         # LiteLLM costs two seconds and 50 MB; and it fetches a price list at import unless it is told not to.
@@ -1340,6 +1481,8 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
         return "guardrail", "This was blocked by a guardrail.", False
     if isinstance(error, ModelRefusalError):
         return "refusal", "The model declined to answer.", False
+    if isinstance(error, UnreadableFile):
+        return "unreadable_file", str(error), False
     if isinstance(error, EmptyAnswer):
         return "empty", "The model gave no answer.", True
     if isinstance(error, (sqlite3.Error, StoreError)):
@@ -1366,8 +1509,14 @@ def storage_text(error: BaseException) -> str:
 # ---- what the model is shown
 
 
-def model_input(rows: list[Row], cut: bool) -> list[TResponseInputItem]:
+class UnreadableFile(Exception):
+    """A file that no model can be given; the text is safe to show."""
+
+
+def model_input(rows: list[Row], cut: bool, files: dict[str, bytes]) -> list[TResponseInputItem]:
     """Stored items as the Agents SDK's input items (those of OpenAI's Responses API).
+
+    `files` has the bytes of attachments by their id. Raises UnreadableFile for one of the newest message.
 
     `cut` says that older items exist. Item ids are left out: an id would make OpenAI look for the reasoning that
     belongs to it. Call ids go back verbatim: LiteLLM keeps Gemini's thought signatures in them. The calls of one
@@ -1380,13 +1529,16 @@ def model_input(rows: list[Row], cut: bool) -> list[TResponseInputItem]:
     if cut and rows and rows[0]["role"] != "user":
         # Some providers insist that a conversation begins with the person.
         items.append({"role": "user", "content": "(Earlier messages are left out.)"})
+    newest = max((row["id"] for row in rows if row["role"] == "user"), default=0)
     for row in rows:
         role, extra = row["role"], row["extra"]
         if role != "widget" and (not row["tool_calls"] or extra.get("group") != group):
             items += outputs
             outputs = []
         if role == "user":
-            parts = [{"type": "input_text", "text": note} for note in notes] + _user_parts(row)
+            parts = [{"type": "input_text", "text": note} for note in notes] + _user_parts(
+                row, files, row["id"] == newest
+            )
             notes = []
             items.append({"role": "user", "content": parts[0]["text"] if len(parts) == 1 else parts})
         elif role == "assistant":
@@ -1416,8 +1568,8 @@ def _tool_output(row: Row) -> str:
     return "(The call did not finish.)"
 
 
-def _user_parts(row: Row) -> list[Row]:
-    """A user's message, its own words last; what is quoted or tagged stands apart from them."""
+def _user_parts(row: Row, files: dict[str, bytes], newest: bool) -> list[Row]:
+    """A user's message, its own words last; what is quoted, tagged or attached stands apart from them."""
     extra = row["extra"]
     parts = []
     if extra.get("quoted_text"):
@@ -1427,8 +1579,32 @@ def _user_parts(row: Row) -> list[Row]:
         if tag["type"] == "input_tag":
             about = json.dumps({key: tag[key] for key in ("id", "text", "data")}, ensure_ascii=False)
             parts.append({"type": "input_text", "text": f"The person's message names this as @{tag['text']}:\n{about}"})
-    parts.append({"type": "input_text", "text": row["content"]})
+    for file in extra.get("attachments") or []:
+        part = None if extra.get("unread") and not newest else _file_part(file, files.get(file["id"], b""))
+        if part is None and newest:
+            raise UnreadableFile(f"The model cannot read {file['name']} ({file['mime_type']}).")
+        lost = f"(The person attached {file['name']}, which the model cannot read.)"
+        parts.append(part or {"type": "input_text", "text": lost})
+    parts.append({"type": "input_text", "text": row["content"] or "(The person sent this without words.)"})
     return parts
+
+
+def _file_part(file: Row, data: bytes) -> Row | None:
+    """A file as the model is given it: an image, a PDF or a text; None for what is neither."""
+    mime_type = file["mime_type"]
+    url = f"data:{mime_type};base64,{base64.b64encode(data).decode()}"
+    if mime_type in ("image/png", "image/jpeg", "image/gif", "image/webp"):
+        return {"type": "input_image", "image_url": url, "detail": "auto"}
+    if mime_type == "application/pdf":
+        return {"type": "input_file", "filename": file["name"], "file_data": url}
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    if "\0" in text or mime_type.startswith(("image/", "audio/", "video/")):
+        return None
+    name = json.dumps(file["name"], ensure_ascii=False)
+    return {"type": "input_text", "text": f"The person attached the file {name}:\n<file>\n{text}\n</file>"}
 
 
 # ============================================================================================================ Turn
@@ -1571,6 +1747,7 @@ class Turn:
         self._messages_done = 0
         self._answered = False  # something was said since the last tool result
         self._shown = False  # a widget was
+        self._unread = False  # the model would not take the message's files
 
     # ---- events and those who follow them
 
@@ -1646,6 +1823,13 @@ class Turn:
             if self._stopped is None:
                 error, status, row_status = explain(exception), "failed", "failed"
                 self.chat.log_exception(f"thread {self.conversation_id}: the turn failed", exception)
+                if error[0] == "refused" and self.user_message and self.user_message["extra"].get("attachments"):
+                    error = (
+                        error[0],
+                        "The model's provider refused the request, perhaps for the attached files.",
+                        False,
+                    )
+                    self._unread = True
         self._working = False
         timer.cancel()
         if self._stopped:
@@ -1696,6 +1880,9 @@ class Turn:
         ended = await patiently(lambda: store.end_messages(self.user_id, self.conversation_id, "streaming", row_status))
         for row in ended:
             self.emit({"type": "item", "change": "done", "row": row})
+        if self._unread and self.user_message is not None:  # so that the next message is not refused for them too
+            extra = {**self.user_message["extra"], "unread": True}
+            await store.update_message(self.user_id, self.user_message["id"], extra=extra)
         if self._stopped == "cancelled":
             await patiently(lambda: store.add_message(self.user_id, self.conversation_id, "system", STOPPED))
 
@@ -1708,9 +1895,12 @@ class Turn:
         settings = chat.settings
         rows = await chat.store.history(self.user_id, self.conversation_id, settings.history_limit + 1)
         cut = len(rows) > settings.history_limit
+        rows = rows[1:] if cut else rows
+        with_files = [row["id"] for row in rows if row["extra"].get("attachments")]
+        files = await chat.store.attachment_data(self.user_id, with_files) if with_files else {}
         self._run = run = Runner.run_streamed(
             chat.agent,
-            model_input(rows[1:] if cut else rows, cut),
+            model_input(rows, cut, files),
             context=self.context,
             max_turns=settings.max_steps,
             hooks=ToolHooks(self),
@@ -1959,6 +2149,7 @@ class UserMessage:
 
     text: str
     parts: list[Row] | None = None  # ChatKit's content, where it is more than one text
+    attachments: list[str] = field(default_factory=list)  # ids of uploaded files
     quoted_text: str | None = None
     model: str | None = None
     tool_choice: str | None = None
@@ -1975,6 +2166,7 @@ def make_title(text: str) -> str:
     return folded[:50] + ("..." if len(folded) > 50 else "")
 
 
+Transcriber = Callable[[bytes, str], Awaitable[str]]  # audio and its media type, such as "audio/webm"
 ActionHandler = Callable[[TurnContext, Row, Row | None], Awaitable[None]]
 
 
@@ -1992,6 +2184,7 @@ class Chat:
         *,
         store: Store | None = None,
         on_action: ActionHandler | None = None,
+        transcribe: Transcriber | None = None,
     ) -> None:
         """Raises SettingsError where the model cannot work."""
         self.settings = settings
@@ -1999,6 +2192,7 @@ class Chat:
         self.models = Models(settings)
         self.has_tasks = agent is None
         self.on_action = toggle_task if agent is None else on_action
+        self._transcribe = transcribe or (self.models.transcribe if settings.openai_api_key else None)
         agent = agent or todo_agent()
         self.model_name = self.models.default
         if agent.model is None:
@@ -2097,7 +2291,7 @@ class Chat:
             del self.turns[turn.conversation_id]
 
     def _check_message(self, message: UserMessage) -> None:
-        if not message.text.strip():
+        if not message.text.strip() and not message.attachments:
             raise Refused(400, "Message is required")
         length = len(message.text) + len(message.quoted_text or "") + len(json.dumps(message.parts or ""))
         if length - 2 > self.settings.max_message_chars:
@@ -2114,28 +2308,26 @@ class Chat:
         When this returns, the message is in the file. Raises Refused, sqlite3.Error, StoreError.
         """
         self._check_message(message)
-        if conversation_id is None:
+        turn = await self._take_up(caller, conversation_id) if conversation_id is not None else None
+        if turn is None:
             self._check_room(caller)
             self._beginning += 1
-            try:
-                conversation, row = await self.store.begin(
-                    caller.user_id, make_title(message.text), message.text, message.extra
-                )
-            finally:
-                self._beginning -= 1
-            turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
-        else:
-            turn = await self._take_up(caller, conversation_id)
-            try:
-                added = await self.store.add_message(
-                    caller.user_id, conversation_id, "user", message.text, extra=message.extra
-                )
-                if added is None:
-                    raise Refused(404, "Conversation not found")
-                row = added
-            except BaseException:
+        title = make_title(message.text) or "(attachment)"
+        files = list(dict.fromkeys(message.attachments))
+        try:
+            conversation, row = await self.store.add_user_message(
+                caller.user_id, conversation_id, title, message.text, message.extra, files
+            )
+        except BaseException as error:
+            if turn is not None:
                 self.forget(turn)
-                raise
+            if isinstance(error, LookupError):
+                raise Refused(404, str(error)) from None
+            raise
+        finally:
+            self._beginning -= conversation_id is None
+        if turn is None:
+            turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
         self._answer(turn, row)
         return turn
 
@@ -2293,6 +2485,24 @@ class Chat:
             raise Refused(400, "The action was refused") from error
         return await self.store.message(caller.user_id, conversation_id, item["id"]) if item else None
 
+    async def transcribe(self, audio_base64: str, mime_type: str) -> str:
+        """What was said in a recording. Raises Refused."""
+        if self._transcribe is None:
+            raise Refused(
+                501, "Dictation is not set up: set OPENAI_API_KEY, or give create_app() a transcribe function"
+            )
+        if len(audio_base64) > self.settings.max_attachment_bytes * 4 // 3 + 4:
+            raise Refused(413, f"A recording may have {self.settings.max_attachment_bytes:,} bytes")
+        try:
+            audio = base64.b64decode(audio_base64, validate=True)
+        except binascii.Error:
+            raise Refused(400, "params.audio_base64: not base64") from None
+        try:
+            return await self._transcribe(audio, mime_type.split(";")[0].strip().lower())
+        except Exception as error:
+            self.log_exception("dictation failed", error)
+            raise Refused(502, explain(error)[1]) from error
+
     async def delete_conversation(self, user_id: str, conversation_id: int) -> None:
         await self.conversation(user_id, conversation_id)
         await self._end_turn(conversation_id)
@@ -2412,13 +2622,15 @@ class PlainEncoder:
 
 def plain_message(body: Row) -> tuple[UserMessage, int | None]:
     """The body of a plain request: the message, and the conversation it goes on in. Raises Refused."""
-    text = body.get("message")
+    text, files = body.get("message"), body.get("attachments", [])
     if not isinstance(text, str) or not text.strip():
         raise Refused(400, "Message is required")
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise Refused(400, "attachments must be a list of ids")
     for name in ("model", "tool_choice"):
         if not isinstance(body.get(name), (str, type(None))):
             raise Refused(400, f"{name} must be text")
-    message = UserMessage(text, model=body.get("model"), tool_choice=body.get("tool_choice"))
+    message = UserMessage(text, attachments=files, model=body.get("model"), tool_choice=body.get("tool_choice"))
     thread_id = body.get("thread_id")
     return message, None if thread_id is None else row_id(thread_id, "Conversation")
 
@@ -2494,14 +2706,11 @@ class MessageInput(Wire):
         return UserMessage(
             text,
             parts=None if simple else [part.model_dump(exclude_none=True) for part in self.content],
+            attachments=self.attachments,
             quoted_text=self.quoted_text,
             model=self.inference_options.model,
             tool_choice=choice.id if choice else None,
         )
-
-
-class NoParams(Wire):
-    pass
 
 
 class InThread(Wire):
@@ -2567,6 +2776,21 @@ class ActionParams(InThread):
     action: Action
 
 
+class NewAttachmentParams(Wire):
+    name: str = Field(min_length=1, max_length=255)
+    size: int = Field(ge=1)
+    mime_type: str
+
+
+class AttachmentParams(Wire):
+    attachment_id: str
+
+
+class AudioParams(Wire):
+    audio_base64: str
+    mime_type: str
+
+
 OPERATIONS: dict[str, type[Wire]] = {
     "threads.create": CreateParams,
     "threads.add_user_message": AddMessageParams,
@@ -2581,6 +2805,9 @@ OPERATIONS: dict[str, type[Wire]] = {
     "threads.delete": InThread,
     "items.list": ItemsPageParams,
     "items.feedback": FeedbackParams,
+    "attachments.create": NewAttachmentParams,
+    "attachments.delete": AttachmentParams,
+    "input.transcribe": AudioParams,
 }
 
 
@@ -2609,15 +2836,30 @@ def output_text(text: str) -> Row:
     return {"annotations": [], "text": text, "type": "output_text"}
 
 
-def item_json(row: Row) -> Row:
-    """A stored item as a thread item."""
+def attachment_json(file: Row, base: str, *, upload: bool = False, thread_id: str | None = None) -> Row:
+    """An attachment; with `upload`, where its bytes are to be sent. `base` is the app's own URL."""
+    url = f"{base}/attachments/{file['id']}?key={file['key']}"
+    image = file["mime_type"].startswith("image/")
+    attachment = {"id": file["id"], "name": file["name"], "mime_type": file["mime_type"]}
+    if upload:
+        attachment["upload_descriptor"] = {"url": url, "method": "POST", "headers": {}}
+    if thread_id is not None:
+        attachment["thread_id"] = thread_id
+    attachment["type"] = "image" if image else "file"
+    return {**attachment, "preview_url": url} if image else attachment
+
+
+def item_json(row: Row, base: str) -> Row:
+    """A stored item as a thread item; `base` is the app's own URL."""
     extra, role = row["extra"], row["role"]
     item: Row = {"id": str(row["id"]), "thread_id": str(row["conversation_id"]), "created_at": row["created_at"]}
     call = row["tool_calls"][0] if row["tool_calls"] else {"id": "", "name": "", "args": {}}
     if role == "user":
         item["type"] = "user_message"
-        item["content"] = extra.get("parts") or [{"type": "input_text", "text": row["content"]}]
-        item["attachments"] = []
+        text = [{"type": "input_text", "text": row["content"]}] if row["content"] else []
+        item["content"] = extra.get("parts") or text
+        files = extra.get("attachments") or []
+        item["attachments"] = [attachment_json(file, base, thread_id=item["thread_id"]) for file in files]
         if extra.get("quoted_text"):
             item["quoted_text"] = extra["quoted_text"]
         item["inference_options"] = {}
@@ -2665,8 +2907,9 @@ def item_json(row: Row) -> Row:
 class ChatKitEncoder:
     """A turn's events as the protocol's. What begins the stream depends on the operation."""
 
-    def __init__(self, turn: Turn, *, created: bool = False, new_message: bool = False) -> None:
+    def __init__(self, turn: Turn, base: str, *, created: bool = False, new_message: bool = False) -> None:
         self.turn = turn
+        self.base = base
         self.created = created
         self.new_message = new_message
         self._thought: str | None = None  # what the growing workflow item says so far
@@ -2677,7 +2920,7 @@ class ChatKitEncoder:
         if self.created:
             events.append({"type": "thread.created", "thread": thread_json(self.turn.conversation)})
         if self.new_message and self.turn.user_message is not None:
-            events.append({"type": "thread.item.done", "item": item_json(self.turn.user_message)})
+            events.append({"type": "thread.item.done", "item": item_json(self.turn.user_message, self.base)})
         events.append({"type": "stream_options", "stream_options": {"allow_cancel": True}})
         return "".join(self._frame(event) for event in events).encode()
 
@@ -2727,7 +2970,7 @@ class ChatKitEncoder:
         return []
 
     def _item(self, change: str, row: Row) -> list[Row]:
-        item = item_json(row)
+        item = item_json(row, self.base)
         if change == "replaced":
             return [{"type": "thread.item.replaced", "item": item}]
         if change == "added" and row["role"] == "assistant":
@@ -2755,8 +2998,8 @@ def _without_none(event: Row) -> Row:
     return {name: value for name, value in event.items() if value is not None}
 
 
-async def answer_chatkit(chat: Chat, caller: Caller, body: Row) -> Response:
-    """One request of the protocol. Raises Refused."""
+async def answer_chatkit(chat: Chat, caller: Caller, body: Row, base: str) -> Response:
+    """One request of the protocol; `base` is the app's own URL. Raises Refused."""
     operation = body["type"]
     if operation not in OPERATIONS:
         raise Refused(400, f"Unknown type {str(operation)[:100]!r}")
@@ -2771,7 +3014,7 @@ async def answer_chatkit(chat: Chat, caller: Caller, body: Row) -> Response:
 
     def stream(turn: Turn, **begins: bool) -> Response:
         leave = None if chat.settings.on_disconnect == "continue" else lambda: turn.stop("cancelled")
-        return EventStream(turn, ChatKitEncoder(turn, **begins), on_leave=leave)
+        return EventStream(turn, ChatKitEncoder(turn, base, **begins), on_leave=leave)
 
     if operation == "threads.create":
         turn = await chat.begin_message(caller, params.input.message())
@@ -2792,17 +3035,27 @@ async def answer_chatkit(chat: Chat, caller: Caller, body: Row) -> Response:
         if operation == "threads.custom_action":
             return stream(await chat.begin_action(caller, thread_id, item, action))
         row = await chat.act(caller, thread_id, item, action)
-        return JSONResponse({"updated_item": item_json(row)} if row else {})
+        return JSONResponse({"updated_item": item_json(row, base)} if row else {})
     if operation == "threads.list":
         after = None if params.after is None else row_id(params.after, "Thread")
         if after is not None:
             await chat.conversation(user_id, after)
         rows, more = await store.conversation_page(user_id, params.limit or DEFAULT_PAGE, params.order, after)
         return JSONResponse(page_json([thread_json(row) for row in rows], more))
+    if operation == "attachments.create":
+        mime_type = check_file(chat.settings, params.mime_type, params.size)
+        file = await store.add_attachment(user_id, params.name, mime_type, params.size)
+        return JSONResponse(attachment_json(file, base, upload=True))
+    if operation == "attachments.delete":
+        if not await store.delete_attachment(user_id, params.attachment_id):
+            raise Refused(404, "Attachment not found, or sent already")
+        return JSONResponse({})
+    if operation == "input.transcribe":
+        return JSONResponse({"text": await chat.transcribe(params.audio_base64, params.mime_type)})
     conversation = await chat.conversation(user_id, thread_id)
     if operation == "threads.get_by_id":
         rows, more = await store.message_page(user_id, thread_id, DEFAULT_PAGE, "asc", None)
-        return JSONResponse(thread_json(conversation, page_json([item_json(row) for row in rows], more)))
+        return JSONResponse(thread_json(conversation, page_json([item_json(row, base) for row in rows], more)))
     if operation == "threads.update":
         return JSONResponse(thread_json(await rename(chat, user_id, thread_id, params.title)))
     if operation == "threads.delete":
@@ -2813,12 +3066,22 @@ async def answer_chatkit(chat: Chat, caller: Caller, body: Row) -> Response:
         if after is not None and await store.message(user_id, thread_id, after) is None:
             raise Refused(404, "Item not found")
         rows, more = await store.message_page(user_id, thread_id, params.limit or DEFAULT_PAGE, params.order, after)
-        return JSONResponse(page_json([item_json(row) for row in rows], more))
+        return JSONResponse(page_json([item_json(row, base) for row in rows], more))
     assert operation == "items.feedback"
     item_ids = [row_id(item_id, "Item") for item_id in params.item_ids]
     if await store.set_feedback(user_id, thread_id, item_ids, params.kind) < len(set(item_ids)):
         raise Refused(404, "Item not found")
     return JSONResponse({})
+
+
+def check_file(settings: Settings, mime_type: str, size: int = 0) -> str:
+    """A file's type without its parameters. Raises Refused for what is not a type, and for what is too large."""
+    if size > settings.max_attachment_bytes:
+        raise Refused(413, f"A file may have {settings.max_attachment_bytes:,} bytes")
+    mime_type = mime_type.split(";")[0].strip().lower() or "application/octet-stream"
+    if not re.fullmatch(r"[a-z0-9][\w.+-]{0,99}/[a-z0-9][\w.+-]{0,99}", mime_type, re.ASCII):
+        raise Refused(400, "params.mime_type: not a media type")
+    return mime_type
 
 
 async def rename(chat: Chat, user_id: str, conversation_id: int, title: object) -> Row:
@@ -2904,14 +3167,47 @@ async def _until_disconnect(receive: Receive) -> None:
         continue
 
 
-async def read_body(request: Request, limit: int = MAX_BODY) -> bytes:
-    """The body, refused while it is read where it is longer than `limit` bytes. Raises Refused."""
+async def read_body(request: Request, audio_limit: int) -> bytes:
+    """The body, refused while it is read where it is too long. Raises Refused.
+
+    A recording may be longer than other requests; its "type" must stand at the beginning then, where ChatKit has it.
+    """
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
+        limit = audio_limit if b'"input.transcribe"' in body[:200] else MAX_BODY
         if len(body) > limit:
             raise Refused(413, f"The request is larger than {limit:,} bytes")
     return bytes(body)
+
+
+async def read_file(request: Request, limit: int) -> tuple[str, str, bytes]:
+    """The field `file` of a form: its name, type and bytes. Refused while it is read where it is too long."""
+
+    async def body() -> AsyncIterator[bytes]:
+        total = 0
+        async for chunk in request.stream():
+            total += len(chunk)
+            if total > limit + 64 * 1024:  # the form around the file is not counted too closely
+                raise Refused(413, f"A file may have {limit:,} bytes")
+            yield chunk
+
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise Refused(415, "Send the file as multipart/form-data, in a field named file")
+    try:
+        form = await MultiPartParser(request.headers, cast(Any, body()), max_files=1, max_fields=10).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise Refused(400, f"The form cannot be read: {error}") from None
+    try:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise Refused(400, "Send the file in a field named file")
+        data = await file.read()
+        if len(data) > limit:
+            raise Refused(413, f"A file may have {limit:,} bytes")
+        return (file.filename or "file")[:255], file.content_type or "", data
+    finally:
+        await form.close()
 
 
 def _finite(text: str) -> float:
@@ -2921,7 +3217,7 @@ def _finite(text: str) -> float:
     return number
 
 
-async def read_json(request: Request) -> Row:
+async def read_json(request: Request, audio_limit: int = MAX_BODY) -> Row:
     """The body as a JSON object whose text can be stored. Raises Refused.
 
     Only JSON is taken as JSON: a page on another site can post text/plain or a form to localhost without asking.
@@ -2929,7 +3225,7 @@ async def read_json(request: Request) -> Row:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise Refused(415, "The content type must be application/json")
-    body = await read_body(request)
+    body = await read_body(request, audio_limit)
     try:
         value = json.loads(body, parse_float=_finite, parse_constant=_finite)
         json.dumps(value, ensure_ascii=False).encode()
@@ -2971,7 +3267,8 @@ class Gate:
         try:
             request = Request(scope)
             self._check_origin(request)
-            if path not in OPEN_PATHS:
+            keyed = path.startswith("/attachments/") and "key" in request.query_params  # the route checks the key
+            if path not in OPEN_PATHS and not keyed:
                 caller = await self.authenticate(request)
                 scope.setdefault("state", {})["caller"] = caller
             await self.chat.open()
@@ -3053,6 +3350,7 @@ MAX_TOKEN = 8192  # characters
 
 def authenticator(settings: Settings) -> Authenticate:
     """A function that finds out who sent a request, and raises Refused (401) where that is not clear."""
+    public_keys = PublicKeys(settings.jwks_url) if settings.jwks_url else None
 
     async def authenticate(request: Request) -> Caller:
         locale = request.headers.get("accept-language", "").split(",")[0].split(";")[0].strip()[:35] or "en"
@@ -3063,33 +3361,86 @@ def authenticator(settings: Settings) -> Authenticate:
         token = token.strip()
         if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
             raise Refused(401, "A bearer token is required")
-        return Caller(await verify_token(token, settings), by_token=True, locale=locale)
+        return Caller(await verify_token(token, settings, public_keys), by_token=True, locale=locale)
 
     return authenticate
 
 
-async def verify_token(token: str, settings: Settings) -> str:
-    """The user whom a JSON Web Token (RFC 7519) names. Raises Refused (401)."""
+async def verify_token(token: str, settings: Settings, public_keys: PublicKeys | None) -> str:
+    """The user whom a JSON Web Token (RFC 7519) names. Raises Refused (401).
+
+    The token's header chooses between the secret and the public keys, and each serves its own algorithms alone: a
+    public key taken for a secret would let anybody sign.
+    """
     import jwt  # here, because without tokens nobody waits for it
 
     try:
+        header = jwt.get_unverified_header(token)
+        algorithm, key_id = header.get("alg"), header.get("kid")
+        key: Any = None
+        if algorithm == "HS256" and settings.jwt_secret:
+            key = settings.jwt_secret
+        elif algorithm in ("EdDSA", "ES256", "RS256") and public_keys is not None:
+            key = await public_keys.find(key_id, algorithm)
+        if key is None:
+            raise jwt.InvalidKeyError
         claims = jwt.decode(
             token,
-            settings.jwt_secret or "",
-            algorithms=["HS256"],
+            key,
+            algorithms=[str(algorithm)],
             audience=settings.jwt_audience,
             issuer=settings.jwt_issuer,
             options={"require": ["exp"], "verify_aud": settings.jwt_audience is not None},
         )
     except jwt.ExpiredSignatureError:
         raise Refused(401, "The token has expired") from None
-    except jwt.PyJWTError as error:
+    except (jwt.PyJWTError, ValueError, TypeError) as error:
         log.debug("a token was rejected: %s", type(error).__name__)
         raise Refused(401, "The token is not valid") from None
     user_id = claims.get("sub", claims.get("id"))
     if not isinstance(user_id, str) or not user_id.strip() or len(user_id) > 255 or not _is_unicode(user_id):
         raise Refused(401, "The token names no user")
     return user_id
+
+
+class PublicKeys:
+    """The keys at a JWKS URL (RFC 7517), kept for five minutes; an unknown key id has them fetched anew, not too often.
+
+    While the URL does not answer, the keys that are known go on to count.
+    """
+
+    KEEP = 300.0  # seconds
+    AT_MOST_EVERY = 10.0
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._keys: list[Any] = []
+        self._fetched = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def find(self, key_id: object, algorithm: str) -> Any:
+        """The key, None where there is none. Raises Refused (503) while no key could ever be fetched."""
+        async with self._lock:
+            age = time.monotonic() - self._fetched
+            known = any(key.key_id == key_id for key in self._keys)
+            if age > self.KEEP or (not known and age > self.AT_MOST_EVERY):
+                await self._fetch()
+        fits = [key for key in self._keys if key.algorithm_name == algorithm]
+        if key_id is None:
+            return fits[0].key if len(fits) == 1 else None
+        return next((key.key for key in fits if key.key_id == key_id), None)
+
+    async def _fetch(self) -> None:
+        import jwt
+
+        try:
+            found = await asyncio.to_thread(jwt.PyJWKClient(self.url, cache_jwk_set=False, timeout=5).get_jwk_set)
+            self._keys = found.keys
+        except jwt.PyJWTError as error:
+            log.warning("the keys at CHATKIT_JWKS_URL cannot be fetched: %s", error)
+            if not self._keys:
+                raise Refused(503, "Tokens cannot be checked right now", retry_after=10) from None
+        self._fetched = time.monotonic()
 
 
 def make_token(settings: Settings, user_id: str, seconds: int = 24 * 3600) -> str:
@@ -3113,6 +3464,11 @@ async def caller_of(request: Request) -> Caller:
     return cast(Caller, request.state.caller)
 
 
+def base_url(request: Request) -> str:
+    """The app's own URL, as this request reached it."""
+    return str(request.base_url).rstrip("/")
+
+
 Who = Annotated[Caller, Depends(caller_of)]
 
 
@@ -3121,6 +3477,7 @@ def create_app(
     *,
     settings: Settings | None = None,
     on_action: ActionHandler | None = None,
+    transcribe: Transcriber | None = None,
     **overrides: Any,
 ) -> FastAPI:
     """The application, ready for uvicorn, a test client, or mounting in another one.
@@ -3130,13 +3487,14 @@ def create_app(
     `agent` is any Agents SDK agent; without one, the to-do assistant answers. If it names no model, it gets the one
     that Models finds. `settings` are Settings.from_env() where they are not given; `overrides` are fields of them.
     `on_action(context, action, item)` deals with clicks in widgets: `action` is {"type", "payload"}, `item` the
-    widget's row or None; ValueError and LookupError refuse it. Raises SettingsError.
+    widget's row or None; ValueError and LookupError refuse it. `transcribe(audio, media_type)` makes text of
+    recordings; without one, OpenAI does where there is an OPENAI_API_KEY. Raises SettingsError.
     """
     if settings is None:
         settings = Settings.from_env(**overrides)
     elif overrides:
         settings = replace(settings, **overrides)
-    chat = Chat(settings, agent, on_action=on_action)
+    chat = Chat(settings, agent, on_action=on_action, transcribe=transcribe)
     set_tracing_disabled(not settings.tracing)
 
     @contextlib.asynccontextmanager
@@ -3175,18 +3533,24 @@ def create_app(
     @app.post("/chatkit", openapi_extra=body_schema(CHATKIT_BODY))
     async def post_chatkit(request: Request, caller: Who) -> Response:
         """Answer a message (plain dialect), or one request of the ChatKit protocol."""
-        body = await read_json(request)
+        body = await read_json(request, audio_limit=settings.max_attachment_bytes * 4 // 3 + 1024)
         if "type" in body:
-            return await answer_chatkit(chat, caller, body)
+            return await answer_chatkit(chat, caller, body, base_url(request))
         message, conversation_id = plain_message(body)
         return plain_stream(await chat.begin_message(caller, message, conversation_id))
 
     @app.get("/api/conversations")
     async def get_conversations(
-        caller: Who, limit: Annotated[int, Query(ge=1, le=100)] = 50, offset: Annotated[int, Query(ge=0, le=2**31)] = 0
+        caller: Who,
+        limit: Annotated[int, Query(ge=1, le=100)] = 50,
+        offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+        q: Annotated[str, Query(max_length=200)] = "",
     ) -> Response:
-        """The caller's conversations, the most recent first."""
-        rows = await chat.store.conversations(caller.user_id, limit, offset)
+        """The caller's conversations, the most recent first; with `q`, those in which all its words occur."""
+        if q.strip():
+            rows = await chat.store.search_conversations(caller.user_id, q, limit, offset)
+        else:
+            rows = await chat.store.conversations(caller.user_id, limit, offset)
         return JSONResponse([rest_conversation(row) for row in rows])
 
     @app.get("/api/conversations/recent/first")
@@ -3276,6 +3640,45 @@ def create_app(
         item_id = row_id(body.get("item_id"), "Item")
         return plain_stream(await chat.begin_answers(caller, number, item_id, given.status, answers))
 
+    @app.post("/attachments")
+    async def post_attachment(request: Request, caller: Who) -> Response:
+        """A direct upload: the field `file` of a form becomes an attachment, whose JSON comes back."""
+        name, mime_type, data = await read_file(request, settings.max_attachment_bytes)
+        mime_type = check_file(settings, mime_type, len(data))
+        file = await chat.store.add_attachment(caller.user_id, name, mime_type, len(data), data)
+        return JSONResponse(attachment_json(file, base_url(request)))
+
+    @app.post("/attachments/{attachment_id}")
+    async def post_upload(attachment_id: str, request: Request, key: str = "") -> Response:
+        """The second phase of an upload: the bytes of an announced attachment. The key works once."""
+        announced = await chat.store.announced_attachment(attachment_id, key)
+        if announced is None:
+            raise Refused(404, "Attachment not found, or uploaded already")
+        _, mime_type, data = await read_file(request, announced["size"])
+        if len(data) != announced["size"] or check_file(settings, mime_type) != announced["mime_type"]:
+            raise Refused(400, "The file is not of the size and type that were announced")
+        file = await chat.store.fill_attachment(attachment_id, key, data)
+        if file is None:
+            raise Refused(404, "Attachment not found, or uploaded already")
+        return JSONResponse(attachment_json(file, base_url(request)))
+
+    @app.get("/attachments/{attachment_id}")
+    async def get_attachment(attachment_id: str, request: Request, key: str = "") -> Response:
+        """A file's bytes, for its owner or whoever has its key. Nothing in it can run in this origin."""
+        caller = getattr(request.state, "caller", None)
+        user_id = caller.user_id if caller else None
+        file = await chat.store.attachment(attachment_id, user_id=user_id, key=key or None)
+        if file is None:
+            raise Refused(404, "Attachment not found")
+        headers = {
+            "Content-Type": file["mime_type"],
+            "Content-Disposition": f"attachment; filename*=UTF-8''{urllib.parse.quote(file['name'], safe='')}",
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "private, no-store",
+        }
+        return Response(file["data"], headers=headers)
+
     if chat.has_tasks:
 
         @app.get("/api/tasks")
@@ -3313,6 +3716,7 @@ def body_schema(properties: Row) -> Row:
 CHATKIT_BODY: Row = {
     "message": {"type": "string", "description": "plain dialect: what the person says"},
     "thread_id": {"type": "integer", "description": "plain dialect: the conversation to go on with"},
+    "attachments": {"type": "array", "items": {"type": "string"}},
     "model": {"type": "string"},
     "tool_choice": {"type": "string"},
     "type": {"type": "string", "enum": list(OPERATIONS), "description": "ChatKit protocol: the operation"},

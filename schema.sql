@@ -58,3 +58,73 @@ CREATE TABLE IF NOT EXISTS tasks (
 ) STRICT;
 
 CREATE INDEX IF NOT EXISTS tasks_of_user ON tasks (user_id, id);
+
+-- Files that a person attaches. `key` is a capability: an upload needs no other, and works once; an <img> can show it.
+CREATE TABLE IF NOT EXISTS attachments (
+    id         TEXT PRIMARY KEY,
+    user_id    TEXT NOT NULL,
+    message_id INTEGER REFERENCES messages (id) ON DELETE CASCADE,  -- NULL until it is sent
+    key        TEXT NOT NULL,
+    name       TEXT NOT NULL,
+    mime_type  TEXT NOT NULL,
+    size       INTEGER NOT NULL,                                    -- bytes, as announced and as stored
+    data       BLOB,                                                -- NULL until it is uploaded
+    created_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+) STRICT;
+
+CREATE INDEX IF NOT EXISTS attachments_of_message ON attachments (message_id);
+CREATE INDEX IF NOT EXISTS attachments_unsent ON attachments (created_at) WHERE message_id IS NULL;
+
+-- Full-text search. Both tables hold an index and no text; their rowids are those of messages and conversations.
+-- `owner` is the user's id in hexadecimal, one word, so that the index itself leaves out other people's rows.
+CREATE VIRTUAL TABLE IF NOT EXISTS message_search
+    USING fts5 (owner, body, content = '', tokenize = 'unicode61 remove_diacritics 2');
+CREATE VIRTUAL TABLE IF NOT EXISTS title_search
+    USING fts5 (owner, body, content = '', tokenize = 'unicode61 remove_diacritics 2');
+
+-- A row is taken out of such an index by giving it once more what was put in. What still streams is not in it.
+DROP TRIGGER IF EXISTS message_found;
+CREATE TRIGGER message_found AFTER INSERT ON messages
+WHEN new.role IN ('user', 'assistant') AND new.status <> 'streaming' BEGIN
+    INSERT INTO message_search (rowid, owner, body)
+    SELECT new.id, hex(user_id), new.content FROM conversations WHERE id = new.conversation_id;
+END;
+
+DROP TRIGGER IF EXISTS message_lost;
+CREATE TRIGGER message_lost BEFORE DELETE ON messages
+WHEN old.role IN ('user', 'assistant') AND old.status <> 'streaming' BEGIN
+    INSERT INTO message_search (message_search, rowid, owner, body)
+    SELECT 'delete', old.id, hex(user_id), old.content FROM conversations WHERE id = old.conversation_id;
+END;
+
+DROP TRIGGER IF EXISTS message_changes;
+CREATE TRIGGER message_changes BEFORE UPDATE OF content, status ON messages
+WHEN old.role IN ('user', 'assistant') AND old.status <> 'streaming' BEGIN
+    INSERT INTO message_search (message_search, rowid, owner, body)
+    SELECT 'delete', old.id, hex(user_id), old.content FROM conversations WHERE id = old.conversation_id;
+END;
+
+DROP TRIGGER IF EXISTS message_changed;
+CREATE TRIGGER message_changed AFTER UPDATE OF content, status ON messages
+WHEN new.role IN ('user', 'assistant') AND new.status <> 'streaming' BEGIN
+    INSERT INTO message_search (rowid, owner, body)
+    SELECT new.id, hex(user_id), new.content FROM conversations WHERE id = new.conversation_id;
+END;
+
+DROP TRIGGER IF EXISTS title_found;
+CREATE TRIGGER title_found AFTER INSERT ON conversations BEGIN
+    INSERT INTO title_search (rowid, owner, body) VALUES (new.id, hex(new.user_id), new.title);
+END;
+
+DROP TRIGGER IF EXISTS title_changed;
+CREATE TRIGGER title_changed AFTER UPDATE OF title ON conversations BEGIN
+    INSERT INTO title_search (title_search, rowid, owner, body) VALUES ('delete', old.id, hex(old.user_id), old.title);
+    INSERT INTO title_search (rowid, owner, body) VALUES (new.id, hex(new.user_id), new.title);
+END;
+
+-- The messages go first, while their owner can still be looked up.
+DROP TRIGGER IF EXISTS title_lost;
+CREATE TRIGGER title_lost BEFORE DELETE ON conversations BEGIN
+    DELETE FROM messages WHERE conversation_id = old.id;
+    INSERT INTO title_search (title_search, rowid, owner, body) VALUES ('delete', old.id, hex(old.user_id), old.title);
+END;
