@@ -319,7 +319,10 @@ class Store:
                 f"BEGIN IMMEDIATE; {schema}; {upgrades} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
             )
         # What was being written when the process died stays as it is, and says so.
-        await self._write("UPDATE messages SET status = 'interrupted' WHERE status = 'streaming'")
+        await self._write(
+            """UPDATE messages SET status = 'interrupted'
+               WHERE status IN ('streaming', 'pending') AND status = 'streaming'"""
+        )
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -368,6 +371,58 @@ class Store:
 
     # ---- conversations
 
+    async def conversation(self, user_id: str, conversation_id: int) -> Row | None:
+        sql = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
+        return _first(await self._read(sql, conversation_id, user_id))
+
+    async def conversations(self, user_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
+        """The most recently used first."""
+        sql = "SELECT * FROM conversations WHERE user_id = ? ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?"
+        return [dict(row) for row in await self._read(sql, user_id, limit, offset)]
+
+    async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
+        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
+        terms = " AND ".join('"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split())
+        query = f'owner : "{user_id.encode().hex().upper()}" AND body : ({terms})'
+        sql = """
+            WITH hits AS (
+                SELECT m.conversation_id AS id FROM (
+                    SELECT rowid FROM message_search WHERE message_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
+                ) hit CROSS JOIN messages m ON m.id = hit.rowid
+                UNION
+                SELECT rowid FROM (
+                    SELECT rowid FROM title_search WHERE title_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
+                )
+            )
+            SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?2
+            ORDER BY c.updated_at DESC, c.id DESC LIMIT ?3 OFFSET ?4"""
+        return [dict(row) for row in await self._read(sql, query, user_id, limit, offset, SEARCH_DEPTH)]
+
+    async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> Page:
+        """A page in the order in which conversations were begun, which new messages do not change."""
+        sql = "SELECT * FROM conversations WHERE user_id = ? AND id > ? ORDER BY id LIMIT ?"
+        if order == "desc":
+            sql = "SELECT * FROM conversations WHERE user_id = ? AND id < ? ORDER BY id DESC LIMIT ?"
+        rows = [dict(row) for row in await self._read(sql, user_id, _edge(order, after), limit + 1)]
+        return rows[:limit], len(rows) > limit
+
+    async def rename_conversation(self, user_id: str, conversation_id: int, title: str) -> Row | None:
+        sql = "UPDATE conversations SET title = ? WHERE id = ? AND user_id = ? RETURNING *"
+        return _first(await self._write(sql, title, conversation_id, user_id))
+
+    async def set_conversation_status(
+        self, user_id: str, conversation_id: int, status: str, reason: str | None = None
+    ) -> Row | None:
+        """`status` is active, locked or closed; the last two refuse new messages."""
+        sql = "UPDATE conversations SET status = ?, status_reason = ? WHERE id = ? AND user_id = ? RETURNING *"
+        return _first(await self._write(sql, status, reason, conversation_id, user_id))
+
+    async def delete_conversation(self, user_id: str, conversation_id: int) -> bool:
+        sql = "DELETE FROM conversations WHERE id = ? AND user_id = ? RETURNING id"
+        return bool(await self._write(sql, conversation_id, user_id))
+
+    # ---- messages: the items of a conversation
+
     async def add_user_message(
         self,
         user_id: str,
@@ -386,108 +441,24 @@ class Store:
         async with self._transaction():
             if conversation_id is None:
                 sql = "INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *"
-                conversations = await self._read(sql, user_id, title)
+                conversation = _first(await self._read(sql, user_id, title))
             else:
-                sql = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
-                conversations = await self._read(sql, conversation_id, user_id)
-            if not conversations:
+                conversation = await self.conversation(user_id, conversation_id)
+            if conversation is None:
                 raise LookupError("Conversation not found")
             if attachment_ids:
-                files = await self._read(
-                    """SELECT a.id, a.key, a.name, a.mime_type, a.size FROM json_each(?) w JOIN attachments a
-                       ON a.id = w.value WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL""",
-                    wanted,
-                    user_id,
-                )
+                sql = """
+                    SELECT a.id, a.key, a.name, a.mime_type, a.size
+                    FROM json_each(?) w JOIN attachments a ON a.id = w.value WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL"""
+                files = [dict(file) for file in await self._read(sql, wanted, user_id)]
                 if len(files) < len(attachment_ids):
                     raise LookupError("Attachment not found")
-                extra = {**(extra or {}), "attachments": [dict(file) for file in files]}
+                extra = {**(extra or {}), "attachments": files}
             sql = "INSERT INTO messages (conversation_id, role, content, extra) VALUES (?, 'user', ?, ?) RETURNING *"
-            message = (await self._read(sql, conversations[0]["id"], content, _json(extra)))[0]
+            message = _message((await self._read(sql, conversation["id"], content, _json(extra)))[0])
             sql = "UPDATE attachments SET message_id = ? WHERE user_id = ? AND id IN (SELECT value FROM json_each(?))"
             await self._read(sql, message["id"], user_id, wanted)
-        return dict(conversations[0]), _message(message)
-
-    async def conversation(self, user_id: str, conversation_id: int) -> Row | None:
-        rows = await self._read("SELECT * FROM conversations WHERE id = ? AND user_id = ?", conversation_id, user_id)
-        return dict(rows[0]) if rows else None
-
-    async def conversations(self, user_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
-        """The most recently used first."""
-        rows = await self._read(
-            """SELECT * FROM conversations WHERE user_id = ?
-               ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?""",
-            user_id,
-            limit,
-            offset,
-        )
-        return [dict(row) for row in rows]
-
-    async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
-        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
-        terms = " AND ".join('"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split())
-        query = f'owner : "{user_id.encode().hex().upper()}" AND body : ({terms})'
-        rows = await self._read(
-            """WITH hits AS (
-                   SELECT m.conversation_id AS id FROM (
-                       SELECT rowid FROM message_search WHERE message_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
-                   ) hit CROSS JOIN messages m ON m.id = hit.rowid
-                   UNION
-                   SELECT rowid FROM (
-                       SELECT rowid FROM title_search WHERE title_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
-                   )
-               )
-               SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?2
-               ORDER BY c.updated_at DESC, c.id DESC LIMIT ?3 OFFSET ?4""",
-            query,
-            user_id,
-            limit,
-            offset,
-            SEARCH_DEPTH,
-        )
-        return [dict(row) for row in rows]
-
-    async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> Page:
-        """A page in the order in which conversations were begun, which new messages do not change."""
-        rows = await self._read(
-            """SELECT * FROM conversations WHERE user_id = ? AND id < ? ORDER BY id DESC LIMIT ?"""
-            if order == "desc"
-            else """SELECT * FROM conversations WHERE user_id = ? AND id > ? ORDER BY id LIMIT ?""",
-            user_id,
-            _edge(order, after),
-            limit + 1,
-        )
-        return [dict(row) for row in rows[:limit]], len(rows) > limit
-
-    async def rename_conversation(self, user_id: str, conversation_id: int, title: str) -> Row | None:
-        rows = await self._write(
-            "UPDATE conversations SET title = ? WHERE id = ? AND user_id = ? RETURNING *",
-            title,
-            conversation_id,
-            user_id,
-        )
-        return dict(rows[0]) if rows else None
-
-    async def set_conversation_status(
-        self, user_id: str, conversation_id: int, status: str, reason: str | None = None
-    ) -> Row | None:
-        """`status` is active, locked or closed; the last two refuse new messages."""
-        rows = await self._write(
-            "UPDATE conversations SET status = ?, status_reason = ? WHERE id = ? AND user_id = ? RETURNING *",
-            status,
-            reason,
-            conversation_id,
-            user_id,
-        )
-        return dict(rows[0]) if rows else None
-
-    async def delete_conversation(self, user_id: str, conversation_id: int) -> bool:
-        rows = await self._write(
-            "DELETE FROM conversations WHERE id = ? AND user_id = ? RETURNING id", conversation_id, user_id
-        )
-        return bool(rows)
-
-    # ---- messages: the items of a conversation
+        return conversation, message
 
     async def add_message(
         self,
@@ -501,18 +472,11 @@ class Store:
         extra: Row | None = None,
     ) -> Row | None:
         """The new row, or None where the user has no such conversation."""
-        rows = await self._write(
-            """INSERT INTO messages (conversation_id, role, content, tool_calls, status, extra)
-               SELECT id, ?, ?, ?, ?, ? FROM conversations WHERE id = ? AND user_id = ? RETURNING *""",
-            role,
-            content,
-            _json(tool_calls),
-            status,
-            _json(extra),
-            conversation_id,
-            user_id,
-        )
-        return _message(rows[0]) if rows else None
+        sql = """
+            INSERT INTO messages (conversation_id, role, content, tool_calls, status, extra)
+            SELECT id, ?, ?, ?, ?, ? FROM conversations WHERE id = ? AND user_id = ? RETURNING *"""
+        values = (role, content, _json(tool_calls), status, _json(extra), conversation_id, user_id)
+        return _first(await self._write(sql, *values), _message)
 
     async def update_message(
         self,
@@ -525,129 +489,80 @@ class Store:
         extra: Row | None = None,
     ) -> Row | None:
         """Changes what is given and leaves the rest; the row as it is then, or None where there is none."""
-        rows = await self._write(
-            """UPDATE messages
-               SET content = COALESCE(?, content), status = COALESCE(?, status),
-                   role = COALESCE(?, role), extra = COALESCE(?, extra)
-               WHERE id = ?
-                 AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = messages.conversation_id AND c.user_id = ?)
-               RETURNING *""",
-            content,
-            status,
-            role,
-            _json(extra),
-            message_id,
-            user_id,
-        )
-        return _message(rows[0]) if rows else None
+        sql = """
+            UPDATE messages SET content = COALESCE(?, content), status = COALESCE(?, status),
+                role = COALESCE(?, role), extra = COALESCE(?, extra)
+            WHERE id = ? AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = conversation_id AND c.user_id = ?)
+            RETURNING *"""
+        return _first(await self._write(sql, content, status, role, _json(extra), message_id, user_id), _message)
 
     async def message(self, user_id: str, conversation_id: int, message_id: int) -> Row | None:
         """One item, hidden context excepted."""
-        rows = await self._read(
-            """SELECT m.* FROM messages m JOIN conversations c ON c.id = m.conversation_id
-               WHERE m.id = ? AND m.conversation_id = ? AND m.role <> 'system' AND c.user_id = ?""",
-            message_id,
-            conversation_id,
-            user_id,
-        )
-        return _message(rows[0]) if rows else None
+        sql = "SELECT * FROM items WHERE id = ? AND conversation_id = ? AND user_id = ? AND role <> 'system'"
+        return _first(await self._read(sql, message_id, conversation_id, user_id), _message)
 
     async def messages(self, user_id: str, conversation_id: int) -> list[Row]:
         """All items, oldest first, hidden context excepted."""
-        rows = await self._read(
-            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
-               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'system' ORDER BY m.id""",
-            conversation_id,
-            user_id,
-        )
-        return [_message(row) for row in rows]
+        sql = "SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'system' ORDER BY id"
+        return [_message(row) for row in await self._read(sql, conversation_id, user_id)]
 
     async def message_page(self, user_id: str, conversation_id: int, limit: int, order: str, after: int | None) -> Page:
         """A page of items, hidden context excepted. Rows that are added while one pages do not disturb it."""
-        rows = await self._read(
-            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
-               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'system' AND m.id < ? ORDER BY m.id DESC LIMIT ?"""
-            if order == "desc"
-            else """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
-               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'system' AND m.id > ? ORDER BY m.id LIMIT ?""",
-            conversation_id,
-            user_id,
-            _edge(order, after),
-            limit + 1,
-        )
-        return [_message(row) for row in rows[:limit]], len(rows) > limit
+        sql = """
+            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'system' AND id > ?
+            ORDER BY id LIMIT ?"""
+        if order == "desc":
+            sql = """
+            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'system' AND id < ?
+            ORDER BY id DESC LIMIT ?"""
+        found = await self._read(sql, conversation_id, user_id, _edge(order, after), limit + 1)
+        return [_message(row) for row in found[:limit]], len(found) > limit
 
     async def history(self, user_id: str, conversation_id: int, limit: int) -> list[Row]:
         """The last `limit` items that the model is to see, oldest first: all but its own reasoning."""
-        rows = await self._read(
-            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
-               WHERE c.id = ? AND c.user_id = ? AND m.role <> 'reasoning' ORDER BY m.id DESC LIMIT ?""",
-            conversation_id,
-            user_id,
-            limit,
-        )
-        return [_message(row) for row in reversed(rows)]
+        sql = """
+            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'reasoning'
+            ORDER BY id DESC LIMIT ?"""
+        return [_message(row) for row in reversed(await self._read(sql, conversation_id, user_id, limit))]
 
     async def last_user_message(self, user_id: str, conversation_id: int) -> Row | None:
-        rows = await self._read(
-            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
-               WHERE c.id = ? AND c.user_id = ? AND m.role = 'user' ORDER BY m.id DESC LIMIT 1""",
-            conversation_id,
-            user_id,
-        )
-        return _message(rows[0]) if rows else None
+        sql = """
+            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role = 'user'
+            ORDER BY id DESC LIMIT 1"""
+        return _first(await self._read(sql, conversation_id, user_id), _message)
 
     async def pending_messages(self, user_id: str, conversation_id: int) -> list[Row]:
         """The client tool calls and questions that wait for the person's side, oldest first."""
-        rows = await self._read(
-            """SELECT m.* FROM conversations c JOIN messages m ON m.conversation_id = c.id
-               WHERE c.id = ? AND c.user_id = ? AND m.status = 'pending' ORDER BY m.id""",
-            conversation_id,
-            user_id,
-        )
-        return [_message(row) for row in rows]
+        sql = """
+            SELECT * FROM items WHERE conversation_id = ? AND user_id = ?
+            AND status IN ('streaming', 'pending') AND status = 'pending' ORDER BY id"""
+        return [_message(row) for row in await self._read(sql, conversation_id, user_id)]
 
     async def end_messages(self, user_id: str, conversation_id: int, was: str, status: str) -> list[Row]:
-        """Whatever still has the status `was` gets another; the rows that did."""
-        rows = await self._write(
-            """UPDATE messages SET status = ?
-               WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?)
-                 AND status IN ('streaming', 'pending') AND status = ?
-               RETURNING *""",
-            status,
-            conversation_id,
-            user_id,
-            was,
-        )
-        return [_message(row) for row in rows]
+        """Whatever still has the status `was`, streaming or pending, gets another; the rows that did."""
+        sql = """
+            UPDATE messages SET status = ?
+            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND status = ?
+                AND status IN ('streaming', 'pending')
+            RETURNING *"""
+        return [_message(row) for row in await self._write(sql, status, conversation_id, user_id, was)]
 
     async def delete_messages_after(self, user_id: str, conversation_id: int, message_id: int) -> None:
-        await self._write(
-            """DELETE FROM messages
-               WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND id > ?""",
-            conversation_id,
-            user_id,
-            message_id,
-        )
+        sql = """
+            DELETE FROM messages
+            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND id > ?"""
+        await self._write(sql, conversation_id, user_id, message_id)
 
     async def set_feedback(self, user_id: str, conversation_id: int, message_ids: list[int], kind: str) -> int:
         """How many of these items there are; if any is missing, none is changed."""
-        ids = json.dumps(message_ids)
-        rows = await self._write(
-            """WITH wanted AS (SELECT DISTINCT value AS id FROM json_each(?)),
-                    found AS (SELECT m.id FROM wanted JOIN messages m ON m.id = wanted.id
-                              JOIN conversations c ON c.id = m.conversation_id
-                              WHERE m.conversation_id = ? AND m.role <> 'system' AND c.user_id = ?)
-               UPDATE messages SET feedback = ?
-               WHERE id IN (SELECT id FROM found)
-                 AND (SELECT COUNT(*) FROM found) = (SELECT COUNT(*) FROM wanted)
-               RETURNING id""",
-            ids,
-            conversation_id,
-            user_id,
-            kind,
-        )
-        return len(rows)
+        sql = """
+            WITH wanted AS (SELECT DISTINCT value AS id FROM json_each(?)),
+                found AS (SELECT i.id FROM wanted JOIN items i ON i.id = wanted.id
+                          WHERE i.conversation_id = ? AND i.user_id = ? AND i.role <> 'system')
+            UPDATE messages SET feedback = ?
+            WHERE id IN (SELECT id FROM found) AND (SELECT COUNT(*) FROM found) = (SELECT COUNT(*) FROM wanted)
+            RETURNING id"""
+        return len(await self._write(sql, json.dumps(message_ids), conversation_id, user_id, kind))
 
     # ---- attachments: files that a person sends
 
@@ -655,60 +570,41 @@ class Store:
         self, user_id: str, name: str, mime_type: str, size: int, data: bytes | None = None
     ) -> Row:
         """A file that is announced, or with `data` is there; what nobody sent within a day is removed on the way."""
-        await self._write(
-            """DELETE FROM attachments WHERE message_id IS NULL
-               AND created_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')"""
-        )
-        rows = await self._write(
-            """INSERT INTO attachments (id, user_id, key, name, mime_type, size, data) VALUES (?, ?, ?, ?, ?, ?, ?)
-               RETURNING id, key, name, mime_type, size""",
-            "att_" + secrets.token_hex(12),
-            user_id,
-            secrets.token_urlsafe(24),
-            name,
-            mime_type,
-            size,
-            data,
-        )
-        return dict(rows[0])
+        sql = """
+            DELETE FROM attachments
+            WHERE message_id IS NULL AND created_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')"""
+        await self._write(sql)
+        sql = """
+            INSERT INTO attachments (id, key, user_id, name, mime_type, size, data) VALUES (?, ?, ?, ?, ?, ?, ?)
+            RETURNING id, key, name, mime_type, size"""
+        file_id, key = "att_" + secrets.token_hex(12), secrets.token_urlsafe(24)
+        return dict((await self._write(sql, file_id, key, user_id, name, mime_type, size, data))[0])
 
     async def announced_attachment(self, attachment_id: str, key: str) -> Row | None:
         """A file that waits for its upload, for whoever has its key."""
         sql = "SELECT id, name, mime_type, size FROM attachments WHERE id = ? AND key = ? AND data IS NULL"
-        rows = await self._read(sql, attachment_id, key)
-        return dict(rows[0]) if rows else None
+        return _first(await self._read(sql, attachment_id, key))
 
     async def fill_attachment(self, attachment_id: str, key: str, data: bytes) -> Row | None:
         """The upload, which works once."""
-        rows = await self._write(
-            """UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL
-               RETURNING id, key, name, mime_type, size""",
-            data,
-            attachment_id,
-            key,
-        )
-        return dict(rows[0]) if rows else None
+        sql = """
+            UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL
+            RETURNING id, key, name, mime_type, size"""
+        return _first(await self._write(sql, data, attachment_id, key))
 
     async def attachment(self, attachment_id: str, *, user_id: str | None = None, key: str | None = None) -> Row | None:
         """A file with its bytes, for its owner or for whoever has its key."""
-        rows = await self._read(
-            """SELECT id, name, mime_type, size, data FROM attachments
-               WHERE id = ? AND (user_id = ? OR key = ?) AND data IS NOT NULL""",
-            attachment_id,
-            user_id,
-            key,
-        )
-        return dict(rows[0]) if rows else None
+        sql = """
+            SELECT id, name, mime_type, size, data FROM attachments
+            WHERE id = ? AND (user_id = ? OR key = ?) AND data IS NOT NULL"""
+        return _first(await self._read(sql, attachment_id, user_id, key))
 
     async def attachment_data(self, user_id: str, message_ids: list[int]) -> dict[str, bytes]:
         """The bytes of all files of some messages, by the file's id."""
-        rows = await self._read(
-            """SELECT a.id, a.data FROM json_each(?) w JOIN attachments a ON a.message_id = w.value
-               WHERE a.user_id = ?""",
-            json.dumps(message_ids),
-            user_id,
-        )
-        return {row["id"]: row["data"] for row in rows}
+        sql = """
+            SELECT a.id, a.data FROM json_each(?) w JOIN attachments a ON a.message_id = w.value
+            WHERE a.user_id = ?"""
+        return {row["id"]: row["data"] for row in await self._read(sql, json.dumps(message_ids), user_id)}
 
     async def delete_attachment(self, user_id: str, attachment_id: str) -> bool:
         """Only what was not sent: a message keeps its files."""
@@ -718,30 +614,27 @@ class Store:
     # ---- tasks: the to-do list of the built-in assistant
 
     async def add_task(self, user_id: str, title: str) -> Row:
-        return _task(
-            (await self._write("INSERT INTO tasks (user_id, title) VALUES (?, ?) RETURNING *", user_id, title))[0]
-        )
+        sql = "INSERT INTO tasks (user_id, title) VALUES (?, ?) RETURNING *"
+        return _task((await self._write(sql, user_id, title))[0])
 
     async def tasks(self, user_id: str) -> list[Row]:
-        rows = await self._read("SELECT * FROM tasks WHERE user_id = ? ORDER BY id", user_id)
-        return [_task(row) for row in rows]
+        return [_task(row) for row in await self._read("SELECT * FROM tasks WHERE user_id = ? ORDER BY id", user_id)]
 
     async def update_task(
         self, user_id: str, task_id: int, *, title: str | None = None, done: bool | None = None
     ) -> Row | None:
-        rows = await self._write(
-            """UPDATE tasks SET title = COALESCE(?, title), done = COALESCE(?, done)
-               WHERE id = ? AND user_id = ? RETURNING *""",
-            title,
-            done,
-            task_id,
-            user_id,
-        )
-        return _task(rows[0]) if rows else None
+        sql = """
+            UPDATE tasks SET title = COALESCE(?, title), done = COALESCE(?, done)
+            WHERE id = ? AND user_id = ? RETURNING *"""
+        return _first(await self._write(sql, title, done, task_id, user_id), _task)
 
     async def delete_task(self, user_id: str, task_id: int) -> Row | None:
-        rows = await self._write("DELETE FROM tasks WHERE id = ? AND user_id = ? RETURNING *", task_id, user_id)
-        return _task(rows[0]) if rows else None
+        sql = "DELETE FROM tasks WHERE id = ? AND user_id = ? RETURNING *"
+        return _first(await self._write(sql, task_id, user_id), _task)
+
+
+def _first(rows: list[sqlite3.Row], convert: Callable[[sqlite3.Row], Row] = dict) -> Row | None:
+    return convert(rows[0]) if rows else None
 
 
 def _edge(order: str, after: int | None) -> int:

@@ -40,8 +40,15 @@ CREATE TABLE IF NOT EXISTS messages (
 
 CREATE INDEX IF NOT EXISTS messages_in_order ON messages (conversation_id, id);
 -- The few rows that are not finished: what a crash left behind, and what waits for the person's side.
-CREATE INDEX IF NOT EXISTS messages_streaming ON messages (conversation_id) WHERE status = 'streaming';
-CREATE INDEX IF NOT EXISTS messages_pending ON messages (conversation_id) WHERE status = 'pending';
+-- SQLite uses it where a query has the same condition, word for word.
+DROP INDEX IF EXISTS messages_streaming;
+DROP INDEX IF EXISTS messages_pending;
+CREATE INDEX IF NOT EXISTS messages_open ON messages (conversation_id, status) WHERE status IN ('streaming', 'pending');
+
+-- Messages with their owner, so that each query can ask for both.
+DROP VIEW IF EXISTS items;
+CREATE VIEW items AS
+    SELECT m.*, c.user_id FROM messages m JOIN conversations c ON c.id = m.conversation_id;
 
 DROP TRIGGER IF EXISTS message_moves_conversation;
 CREATE TRIGGER message_moves_conversation AFTER INSERT ON messages BEGIN
