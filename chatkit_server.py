@@ -449,7 +449,8 @@ class Store:
             if attachment_ids:
                 sql = """
                     SELECT a.id, a.key, a.name, a.mime_type, a.size
-                    FROM json_each(?) w JOIN attachments a ON a.id = w.value WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL"""
+                    FROM json_each(?) w JOIN attachments a ON a.id = w.value
+                    WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL"""
                 files = [dict(file) for file in await self._read(sql, wanted, user_id)]
                 if len(files) < len(attachment_ids):
                     raise LookupError("Attachment not found")
@@ -534,8 +535,10 @@ class Store:
     async def pending_messages(self, user_id: str, conversation_id: int) -> list[Row]:
         """The client tool calls and questions that wait for the person's side, oldest first."""
         sql = """
-            SELECT * FROM items WHERE conversation_id = ? AND user_id = ?
-            AND status IN ('streaming', 'pending') AND status = 'pending' ORDER BY id"""
+            SELECT * FROM messages
+            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND status = 'pending'
+                AND status IN ('streaming', 'pending')
+            ORDER BY id"""
         return [_message(row) for row in await self._read(sql, conversation_id, user_id)]
 
     async def end_messages(self, user_id: str, conversation_id: int, was: str, status: str) -> list[Row]:
