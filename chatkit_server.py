@@ -958,7 +958,7 @@ class Command:
     title: str = ""
 
 
-_LIST_WORDS = r"(?:my|the)\s+(?:\w+\s+)?(?:list|tasks?|to-?dos?)"
+_LIST_WORDS = r"(?:my|the)\s+(?:[\w-]+\s+)?(?:list|tasks?|to-?dos?)"
 _SENTENCES: tuple[tuple[str, str], ...] = (
     (r"(?:show|list|display|see|read)\b.*\b(?:tasks?|list|to-?dos?|everything|them)\b.*", "list_tasks"),
     (r"(?:show|list)(?: all)?", "list_tasks"),
@@ -3022,7 +3022,12 @@ class EventStream(Response):
         turn, loop = self.turn, asyncio.get_running_loop()
         left = loop.create_task(_until_disconnect(receive))
         left.add_done_callback(turn.wake)
-        heartbeat = loop.call_later(KEEP_ALIVE, turn.wake)
+        heartbeat: asyncio.TimerHandle | None = None
+
+        def beat() -> None:
+            nonlocal heartbeat
+            heartbeat = None
+            turn.wake()
 
         async def write(chunk: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
@@ -3047,11 +3052,12 @@ class EventStream(Response):
                     await write(b": keep-alive\n\n")
                     last = loop.time()
                 else:
-                    if heartbeat.when() <= loop.time():
-                        heartbeat = loop.call_later(KEEP_ALIVE - (loop.time() - last), turn.wake)
+                    if heartbeat is None:  # one timer for many waits
+                        heartbeat = loop.call_later(KEEP_ALIVE - (loop.time() - last), beat)
                     await turn.wait_beyond(self.seen)
         finally:
-            heartbeat.cancel()
+            if heartbeat is not None:
+                heartbeat.cancel()
             left.remove_done_callback(turn.wake)
             left.cancel()
             if not turn.finished and self.on_leave is not None:
