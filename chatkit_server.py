@@ -44,6 +44,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import hashlib
 import ipaddress
 import json
 import logging
@@ -118,7 +119,7 @@ try:
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
@@ -3600,6 +3601,11 @@ def create_app(
                 raise Refused(404, "Task not found")
             return JSONResponse(task)
 
+    @app.get("/", include_in_schema=False)
+    async def get_page() -> Response:
+        """The page."""
+        return HTMLResponse(PAGE, headers=page_headers())
+
     @app.get("/health")
     async def get_health() -> Response:
         """Whether the database answers; and which model does."""
@@ -3607,6 +3613,21 @@ def create_app(
         return JSONResponse({"status": "healthy", "model": chat.model_name})
 
     return app
+
+
+def page_headers() -> dict[str, str]:
+    """A Content-Security-Policy that allows the page's own script and style, by their hashes, and nothing else."""
+
+    def digest(tag: str) -> str:
+        text = PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"  # a notebook may show it
+    )
+    return {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 def body_schema(properties: Row) -> Row:
@@ -3636,6 +3657,850 @@ ANSWERS_BODY: Row = {
     "answers": {"type": "object"},
 }
 TASK_BODY: Row = {"done": {"type": "boolean"}}
+
+
+# ============================================================================================================ Page
+# The built-in web page: one file of HTML, CSS and JavaScript, and a whole client for the plain dialect.
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>ChatKit</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cpath
+ fill='%230b6e66' d='M7 4h18a5 5 0 0 1 5 5v9a5 5 0 0 1-5 5H14l-7 6v-6a5 5 0 0 1-5-5V9a5 5 0 0 1 5-5z'/%3E%3C/svg%3E">
+<style>
+:root { color-scheme: light dark; --bg: light-dark(#fff, #1b1c1d); --side: light-dark(#f7f7f5, #151617);
+  --line: light-dark(#e5e4e0, #333537); --text: light-dark(#1f1e1c, #e8e7e4); --muted: light-dark(#66635d, #a5a39e);
+  --soft: light-dark(#eef3f2, #263130); --hover: light-dark(#ecebe8, #26282a); --accent: light-dark(#0b6e66, #74cfc3);
+  --on-accent: light-dark(#fff, #06231f); --danger: light-dark(#a8201a, #ffa69e); --warn: light-dark(#855300, #eec46f); }
+* { box-sizing: border-box; }
+body { margin: 0; height: 100dvh; display: flex; overflow: hidden; background: var(--bg); color: var(--text);
+  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+[hidden], .row button, body:not(.demo) .demo-only { display: none !important; }
+button, input, textarea, fieldset, .tool, .notice, .failed, .code, #box, #model, dialog {
+  font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
+button { cursor: pointer; padding: .35rem .8rem; }
+button:disabled { opacity: .5; cursor: default; }
+button:hover, .new:hover, .row:hover, .row.current { background: var(--hover); }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.icon { border: 0; padding: .4rem; line-height: 0; color: var(--muted); background: none; }
+input, textarea { width: 100%; padding: .5rem .75rem; }
+[type=checkbox], [type=radio] { width: 1.05rem; height: 1.05rem; margin: 0; flex: none; accent-color: var(--accent); }
+svg { width: 1.2rem; height: 1.2rem; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
+  stroke-linecap: round; stroke-linejoin: round; }
+a { color: var(--accent); text-underline-offset: 2px; }
+h1, h2 { font-size: 1rem; font-weight: 600; margin: 0; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+::placeholder { color: var(--muted); opacity: 1; }
+.quiet { color: var(--muted); font-size: .875rem; margin: 0; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+/* The side panels: popovers on narrow screens (Esc and a click outside close them), columns on wide ones. */
+.panel { position: fixed; inset: 0 auto 0 0; margin: 0; width: min(18rem, 86vw); height: 100dvh; padding: 1rem;
+  border: 0; background: var(--side); color: var(--text); flex-direction: column; gap: .7rem; overflow-y: auto; }
+.panel:popover-open { display: flex; }
+.panel::backdrop, dialog::backdrop { background: #0006; }
+.panel ul { list-style: none; margin: 0; padding: 0; }
+.new, .row, fieldset label, #tasks label { display: flex; align-items: center; gap: .6rem; border-radius: .7rem; }
+.new, .row a { color: inherit; text-decoration: none; border-radius: .7rem; padding: .4rem .6rem; }
+.new { font-weight: 550; }
+.row { gap: 0; font-size: .925rem; }
+.row a, h1 { flex: 1; }
+.row a, h1, #model { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row:is(.current, :hover, :focus-within) button { display: block !important; }
+.row svg { width: 1rem; height: 1rem; }
+#tasks { inset: 0 0 0 auto; padding: 1.1rem 1.25rem; }
+#tasks label, fieldset label { padding: .3rem 0; overflow-wrap: anywhere; }
+#tasks :checked + span { color: var(--muted); text-decoration: line-through; }
+@media (min-width: 50rem) { #sidebar { position: static; display: flex; flex: 0 0 17rem; } #menu { display: none; } }
+@media (min-width: 70rem) { #tasks { position: static; display: flex; flex: 0 0 16rem; } #toTasks { display: none; } }
+/* The conversation */
+main { flex: 1; min-width: 0; display: flex; flex-direction: column; }
+header { display: flex; align-items: center; gap: .6rem; padding: .6rem 1.25rem; min-height: 3.5rem; }
+#model { color: var(--muted); font-size: .8125rem; padding: .1rem .65rem; border-radius: 1rem; }
+#banner { margin: 0; padding: .4rem; text-align: center; font-size: .9rem; color: var(--warn); background: var(--side); }
+#scroller { flex: 1; overflow: hidden auto; outline-offset: -3px; }
+#log, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 1rem 1.25rem; }
+#log > * { margin-bottom: 1.25rem; overflow-wrap: anywhere; }
+#welcome { text-align: center; padding-top: 14vh; }
+#welcome h2 { font-size: 1.6rem; margin-bottom: .4rem; }
+#welcome .quiet { margin-bottom: .8rem; }
+#welcome button { border-radius: 1.2rem; padding: .4rem 1rem; margin: .3rem; }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; white-space: pre-wrap;
+  background: var(--soft); border-radius: 1.2rem 1.2rem .3rem 1.2rem; }
+.assistant > :first-child { margin-top: 0; }
+.assistant :is(p, li) { margin: 0 0 .75rem; white-space: pre-line; }
+.assistant li { margin: .25rem 0; }
+.assistant :is(h3, h4, h5, h6) { font-size: 1.1rem; line-height: 1.4; margin: 1.5rem 0 .5rem; }
+.assistant :is(ul, ol) { margin: 0 0 .75rem; padding-left: 1.6rem; }
+blockquote { margin: 0 0 .75rem; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--muted); }
+hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; }
+code, pre { font: .875em/1.5 ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, monospace; }
+:not(pre, summary) > code { background: var(--hover); border-radius: .35rem; padding: .1em .35em; }
+pre { margin: 0; padding: .8rem 1rem; overflow: auto; overflow-wrap: normal; }
+pre > code { font: inherit; }
+.code { margin: .5rem 0 .9rem; background: var(--side); overflow: hidden; }
+.code > div { display: flex; align-items: center; justify-content: space-between; padding: .3rem .4rem .3rem 1rem;
+  border-bottom: 1px solid var(--line); color: var(--muted); font-size: .8125rem; }
+.code button { padding: .05rem .6rem; }
+.tool { font-size: .9rem; }
+.tool summary { display: flex; align-items: center; gap: .6rem; padding: .45rem .9rem; cursor: pointer; }
+.tool summary::after { content: ""; margin-left: auto; padding: .2rem; rotate: 45deg; border: solid var(--muted);
+  border-width: 0 1.5px 1.5px 0; }
+.tool[open] summary::after { rotate: 225deg; }
+.tool div { padding: .2rem .9rem 0; color: var(--muted); font-size: .8125rem; }
+.tool pre { max-height: 18rem; padding: .2rem .9rem .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.dot { padding: .25rem; flex: none; border-radius: 50%; border: 2px solid var(--accent); background: var(--accent); }
+.stopped .dot { border-color: var(--muted); background: none; }
+.running .dot { border-right-color: transparent; background: none; animation: spin .8s linear infinite; }
+.thinking { color: var(--muted); font-size: .925rem; white-space: pre-line; }
+.thinking span { animation: breathe 1.6s ease-in-out infinite; }
+.notice, .failed, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
+.warning { border-left-color: var(--warn); }
+.danger, .failed { border-left-color: var(--danger); }
+.failed { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between; }
+fieldset > div { margin-bottom: .9rem; }
+#composer { position: relative; padding-block: 0 .75rem; }
+#jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; font-size: .875rem; }
+#problem { margin: 0 0 .5rem; color: var(--danger); font-size: .9rem; overflow-wrap: anywhere; }
+#box { display: flex; align-items: flex-end; gap: .4rem; padding: .4rem; border-radius: 1.4rem; }
+#box:focus-within { border-color: var(--accent); }
+#input { border: 0; outline: 0; background: none; resize: none; max-height: 40dvh; padding: .35rem .75rem; }
+#send { border-radius: 50%; padding: .5rem; line-height: 0; }
+#send[aria-label=Stop] svg { fill: currentColor; }
+#note { text-align: center; text-wrap: balance; font-size: .8125rem; margin-top: .6rem; }
+dialog { width: min(26rem, calc(100vw - 2rem)); padding: 1.4rem; border-radius: 1rem; box-shadow: 0 1rem 4rem #0004; }
+dialog p { margin: .3rem 0 1rem; color: var(--muted); overflow-wrap: anywhere; }
+dialog div { display: flex; justify-content: flex-end; gap: .6rem; margin-top: 1.2rem; }
+@keyframes spin { to { rotate: 360deg; } }
+@keyframes breathe { 50% { opacity: .45; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
+</style>
+</head>
+<body>
+<nav id="sidebar" class="panel" popover aria-label="Conversations">
+  <a id="fresh" class="new" href="#/">
+    <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 5v14M5 12h14"/></svg>New conversation</a>
+  <input id="search" type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">
+  <ul id="list"></ul>
+  <button id="more" hidden>Show more</button>
+  <p id="nothing" class="quiet" role="status"></p>
+</nav>
+<main>
+  <header>
+    <button id="menu" class="icon" popovertarget="sidebar" aria-label="Conversations">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M4 12h16M4 17h10"/></svg></button>
+    <h1 id="title">New conversation</h1>
+    <span id="model" title="The model that answers" hidden></span>
+    <button id="toTasks" class="icon" popovertarget="tasks" aria-label="To-do list" hidden>
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7l2 2 3-3M4 16l2 2 3-3M13 8h7M13 17h7"/></svg></button>
+  </header>
+  <p id="banner" role="status" hidden></p>
+  <div id="scroller" role="log" aria-live="off" aria-label="Messages" tabindex="0"><div id="log"></div></div>
+  <div id="composer">
+    <button id="jump" hidden>Jump to latest</button>
+    <p id="problem" role="alert" hidden></p>
+    <div id="box">
+      <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autocomplete="off"></textarea>
+      <button id="send" class="primary"><svg viewBox="0 0 24 24" aria-hidden="true"><path id="glyph"/></svg></button>
+    </div>
+    <p id="note" class="quiet demo-only">This is the built-in demo. To use a real model, set OPENAI_API_KEY,
+      GEMINI_API_KEY or CHATKIT_MODEL and start again.</p>
+  </div>
+</main>
+<aside id="tasks" class="panel" popover aria-label="To-do list" hidden><h2>To do</h2><ul id="todo"></ul></aside>
+<dialog id="dialog" aria-labelledby="question" aria-describedby="explanation">
+  <h2 id="question"></h2>
+  <p id="explanation"></p>
+  <input id="field" aria-labelledby="question" autocomplete="off">
+  <div><button id="no">Cancel</button><button id="yes" class="primary">OK</button></div>
+</dialog>
+<p id="announce" class="unseen" role="status"></p>
+<template id="row"><li class="row"><a></a>
+  <button class="icon"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 20h4L19 9l-4-4L4 16z"/></svg></button>
+  <button class="icon"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13"/></svg>
+  </button>
+</li></template>
+<script>
+"use strict";
+// A whole client for the plain dialect: JSON requests, and answers as server-sent events. No library, no build.
+const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
+const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const wide = matchMedia("(min-width: 50rem)");
+
+// Every node is made here, from properties and text. Nothing is ever parsed as HTML, so nothing that is written can run.
+function el(tag, props, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+}
+const quiet = (text, tag = "p") => el(tag, { className: "quiet", textContent: text });
+
+function show(node, text) {
+  node.textContent = text;
+  node.hidden = !text;
+}
+
+function onEnter(field, action) {
+  field.onkeydown = (event) => {
+    // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    event.preventDefault();
+    action();
+  };
+}
+
+// ---------- Requests ----------
+const tokenKey = `chatkit token ${base}`;
+const token = () => sessionStorage.getItem(tokenKey) ?? "";
+let asking = null, polling = null, lastAsk = Promise.resolve();
+
+function failure(status, message) {
+  return Object.assign(new Error(message), { status });
+}
+
+// Every request: with the token if there is one. Throws an error with the status, 0 when there is no answer at all.
+async function api(path, method = "GET", body, more) {
+  for (;;) {
+    const sent = token(), headers = { ...more };
+    if (sent) headers.Authorization = `Bearer ${sent}`;
+    if (body) headers["Content-Type"] = "application/json";
+    const options = { method, headers, body: body && JSON.stringify(body), cache: "no-store" };
+    const response = await fetch(base + path, options).catch(() => { throw failure(0, "The server does not answer."); });
+    if (response.ok) return response;
+    const { detail } = await response.json().catch(() => ({}));
+    const reason = typeof detail === "string" ? detail : `The server answered with status ${response.status}.`;
+    if (response.status !== 401) throw failure(response.status, reason);
+    // One question for all requests that fail together, and none if the token has changed meanwhile.
+    if (sent === token()) await (asking ??= askToken(sent && reason).finally(() => { asking = null; }));
+  }
+}
+const getJson = async (path) => (await api(path)).json();
+
+async function askToken(reason) {
+  const title = "This server asks for a token";
+  for (;;) {
+    const text = reason || "It stays in this tab only.";
+    const given = (await ask({ title, text, value: "", type: "password", yes: "Continue" }) ?? "").trim();
+    if (/^[\x21-\x7e]+$/.test(given)) return sessionStorage.setItem(tokenKey, given);
+    if (given) reason = "A token has no spaces and only plain letters, digits and signs.";
+  }
+}
+
+// One dialog for every question; the next one waits for the one before. Resolves to null when cancelled.
+function ask({ title, text, value, type = "text", yes }) {
+  return lastAsk = lastAsk.then(() => new Promise((resolve) => {
+    for (const [node, words] of [[page.question, title], [page.explanation, text], [page.yes, yes]]) show(node, words);
+    page.no.hidden = type === "password";
+    Object.assign(page.field, { type, value: value ?? "yes", hidden: value === undefined });
+    page.dialog.returnValue = "";
+    page.dialog.onclose = () => resolve(page.dialog.returnValue ? page.field.value : null);
+    page.dialog.showModal();
+    page.field.select();
+  }));
+}
+page.yes.onclick = () => page.dialog.close("yes");
+page.no.onclick = () => page.dialog.close();
+onEnter(page.field, () => page.dialog.close("yes"));
+
+// Polls health until the server is there. All who wait share one poll.
+function serverBack() {
+  return polling ??= (async () => {
+    for (let tries = 0; ; tries++) {
+      try {
+        const { model } = await getJson("health");
+        show(page.model, model);
+        document.body.classList.toggle("demo", model === "demo");
+        return show(page.banner, "");
+      } catch {
+        show(page.banner, "The server does not answer. Trying again\u2026");
+        await sleep(Math.min(5000, 400 * 2 ** tries));
+      }
+    }
+  })().finally(() => { polling = null; });
+}
+
+// Server-sent events by hand, as EventSource can neither POST nor send a token. Returns at [DONE]; throws when the
+// stream ends without it or is silent for a minute (the server's keep-alive comments come more often).
+async function* readEvents(response, view) {
+  const reader = view.reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let buffer = ""; ;) {
+      const silence = setTimeout(() => reader.cancel(), 60_000);
+      const { value, done } = await reader.read().finally(() => clearTimeout(silence));
+      if (done) throw new Error("The stream broke off");
+      const blocks = (buffer + value).replaceAll("\r", "").split("\n\n");
+      buffer = blocks.pop();
+      for (const block of blocks) {
+        const { id = "", data } = Object.fromEntries(block.split("\n").map((line) => line.split(/: ?(.*)/, 2)));
+        if (data === "[DONE]") return;
+        if (data) yield { id, data };
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+// ---------- Markdown: the common subset, as nodes ----------
+const START = String.raw`[ \t]*(?:\x60{3}|~~~|#{1,6} |>|[-*+] |\d{1,9}[.)] |---|\*\*\*|___)`; // what ends a paragraph
+const listOf = (marker) => // goes on with items of its kind, indented lines, and plain lines that follow without a gap
+  String.raw`^[ \t]*${marker}(?: .*|$)(?:\n+(?:${marker}(?: .*|$)|[ \t]+\S.*)|\n(?!${START})\S.*)*`;
+const BLOCK = new RegExp([
+  String.raw`^[ \t]*(?<fence>\x60{3,}|~{3,})(?<language>[^\x60\n]*)(?:\n|(?![^]))`
+    + String.raw`(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))`, // to its end, or to that of the text
+  String.raw`^(?<level>#{1,6}) (?<heading>.*)`,
+  String.raw`^(?<rule>(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$`,
+  String.raw`^(?<quote>>.*(?:\n>.*)*)`,
+  `(?<list>${listOf("[-*+]")}|${listOf(String.raw`\d{1,9}[.)]`)})`,
+  String.raw`^(?<paragraph>.*\S.*(?:\n(?!${START}).*\S.*)*)`,
+].join("|"), "gm");
+const blocksOf = (text) => text.match(BLOCK) ?? [];
+
+function renderBlock(source, depth = 0) {
+  const { language, code, level, heading, rule, quote, list } = [...source.matchAll(BLOCK)][0].groups;
+  if (code !== undefined) return codeBlock(language.trim(), code.replace(/\n$/, ""));
+  if (heading !== undefined) return el(`h${Math.min(6, level.length + 2)}`, {}, ...inline(heading));
+  if (rule) return el("hr");
+  if (depth > 8) return el("p", {}, source); // a thousand ">" do not fill the stack
+  const render = (text) => blocksOf(text).map((block) => renderBlock(block, depth + 1));
+  if (quote) return el("blockquote", {}, ...render(quote.replace(/^> ?/gm, "")));
+  if (list) return renderList(list, render);
+  return el("p", {}, ...inline(source.trim()));
+}
+
+function renderList(source, render) {
+  const items = [], [, indent, number] = /^(\s*)(\d*)/.exec(source);
+  let width = 0;
+  for (const line of source.split("\n")) {
+    const item = /^(\s*)(?:[-*+]|\d+[.)])(?: +|$)/.exec(line);
+    if (item && item[1].length < indent.length + 2) items.push(line.slice(width = item[0].length));
+    else items[items.length - 1] += "\n" + line.slice(Math.min(width, line.search(/\S|$/)));
+  }
+  return el(number ? "ol" : "ul", number ? { start: number } : {}, ...items.map((text) => {
+    const [first = "", ...others] = render(text);
+    return el("li", {}, ...(first.tagName === "P" ? first.childNodes : [first]), ...others);
+  }));
+}
+
+function codeBlock(language, text) {
+  const copy = el("button", { textContent: "Copy" });
+  const pre = el("pre", { tabIndex: 0 }, el("code", { textContent: text }));
+  copy.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch { // no clipboard on plain http: the older way
+      getSelection().selectAllChildren(pre);
+      document.execCommand("copy");
+    }
+    copy.textContent = page.announce.textContent = "Copied";
+    setTimeout(() => { copy.textContent = "Copy"; }, 1500);
+  };
+  return el("div", { className: "code" }, el("div", {}, el("span", { textContent: language || "code" }), copy), pre);
+}
+
+const INLINE = new RegExp([
+  /\\(?<escaped>[!-/:-@[-`{-~])/, /``(?<ticks>.+?)``/, /`(?<code>[^`]+)`/,
+  /\*\*(?=\S)(?<stars>.+?)\*\*(?!\*)/, /(?<!\w)__(?=\S)(?<bold>.+?)__(?!\w)/,
+  /\*(?=[^\s*])(?<star>[^*]*[^\s*])\*/, /(?<!\w)_(?=[^\s_])(?<em>[^_]*[^\s_])_(?!\w)/,
+  /\[(?<label>[^[\]]+)\]\((?<href>https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/,
+  /(?<url>\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/,
+].map((part) => part.source).join("|"), "gs");
+
+function inline(text) {
+  const nodes = [];
+  let end = 0;
+  for (const match of text.matchAll(INLINE)) {
+    const { escaped, ticks, code = ticks, stars, bold = stars, star, em = star, label, url, href = url } = match.groups;
+    nodes.push(text.slice(end, match.index));
+    end = match.index + match[0].length;
+    if (escaped) nodes.push(escaped);
+    else if (code) nodes.push(el("code", { textContent: code }));
+    else if (bold) nodes.push(el("strong", {}, ...inline(bold)));
+    else if (em) nodes.push(el("em", {}, ...inline(em)));
+    else nodes.push(el("a", { href, target: "_blank", rel: "noopener" }, ...(label ? inline(label) : [url])));
+  }
+  return [...nodes, text.slice(end)];
+}
+
+// ---------- What a conversation shows ----------
+let shown = null; // the open conversation: its id (null: not begun), whether it is busy, its items by id, ...
+
+function put(node) {
+  page.log.querySelector("#welcome")?.remove();
+  page.log.append(node);
+  return node;
+}
+
+// Text comes in many small pieces: painted at most once per frame, and of a message only the blocks that have changed.
+const unpainted = new Set();
+function paintSoon(message) {
+  if (!unpainted.size) requestAnimationFrame(paintAll);
+  unpainted.add(message);
+}
+function paintAll() {
+  for (const message of unpainted) {
+    const { node, blocks } = message, now = blocksOf(message.text);
+    now.forEach((source, i) => {
+      if (source === blocks[i]) return;
+      node.children[i]?.remove();
+      node.insertBefore(renderBlock(source), node.children[i] ?? null);
+    });
+    while (node.children.length > now.length) node.lastChild.remove();
+    message.blocks = now;
+  }
+  unpainted.clear();
+}
+
+function messageOf(view, id) {
+  if (!view.items.has(id)) {
+    view.items.set(id, { node: put(el("div", { className: "assistant" })), text: "", blocks: [] });
+  }
+  return view.items.get(id);
+}
+
+function pretty(value) {
+  try {
+    return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2);
+  } catch {
+    return value; // plain text
+  }
+}
+
+function toolOf(view, id, name, args) {
+  if (view.items.has(id)) return view.items.get(id);
+  const state = quiet("running\u2026", "span");
+  const node = put(el("details", { className: "tool running" },
+    el("summary", {}, el("span", { className: "dot" }), el("code", { textContent: name }), state)));
+  const section = (title, value) => {
+    node.append(el("div", { textContent: title }), el("pre", { textContent: pretty(value), tabIndex: 0 }));
+  };
+  section("Arguments", args ?? {});
+  const end = (how, result) => {
+    if (!node.classList.contains("running")) return;
+    node.className = `tool ${how}`;
+    state.textContent = how;
+    if (result !== undefined) section("Result", result);
+  };
+  view.items.set(id, { node, end });
+  return view.items.get(id);
+}
+
+function think(view, text) {
+  view.thinking ??= put(el("div", { className: "thinking" }, el("span", { textContent: "Thinking\u2026\n" })));
+  view.thinking.append(text);
+}
+function thought(view) {
+  view.thinking?.remove();
+  view.thinking = null;
+}
+
+function itemOf(view, id, node) { // a widget or a form, which may be there already
+  if (view.items.has(id)) view.items.get(id).node.replaceWith(node);
+  else put(node);
+  view.items.set(id, { node });
+}
+
+function form(view, { id, inputs }) {
+  const parts = inputs.map((input) => {
+    const choice = input.type === "multiple_choice", type = input.multiple ? "checkbox" : "radio";
+    const fields = choice ? input.options.map(({ value }) => el("input", { type, value, name: `${id} ${input.id}` }))
+      : [el("textarea", { rows: 2, ariaLabel: input.question })];
+    const given = (field) => choice ? field.checked : field.value.trim();
+    const values = () => fields.filter(given).map((field) => field.value);
+    const node = el("div", { role: "group", ariaLabel: input.question }, el("strong", { textContent: input.question }),
+      quiet(input.description ?? ""), ...fields.map((field) => choice ? el("label", {}, field, field.value) : field));
+    return { id: input.id, node, fields, values };
+  });
+  const send = el("button", { className: "primary", textContent: "Send answers" });
+  const all = el("fieldset", {}, ...parts.map((part) => part.node), send);
+  send.onclick = () => {
+    const missing = parts.find((part) => !part.values().length);
+    if (missing || view.busy) return missing?.fields[0].focus();
+    const answers = Object.fromEntries(parts.map((part) => [part.id, { values: part.values() }]));
+    const body = { item_id: id, status: "answered", answers };
+    all.disabled = true;
+    answer(view, `api/conversations/${view.id}/answers`, body, () => { all.disabled = false; });
+  };
+  return all;
+}
+
+// ---------- An answer ----------
+const handlers = {
+  __proto__: null, // so that no unknown type is found
+  thread(view, { thread_id, title }) {
+    view.id = thread_id;
+    history.replaceState(null, "", `#/${thread_id}`);
+    showTitle(title);
+    if (view.stopping) stop(view);
+  },
+  thinking: (view, { content }) => think(view, content),
+  progress: (view, { content }) => think(view, `${content}\n`),
+  text(view, { content, message_id }) {
+    const message = view.last = messageOf(view, message_id);
+    // The stream tells a message from its beginning: what was loaded of it, half-saved, is replaced.
+    message.text = message.streamed ? message.text + content : content;
+    message.streamed = true;
+    paintSoon(message);
+  },
+  tool_call: (view, { id, name, args }) => toolOf(view, id, name, args),
+  tool_result(view, { id, name, result }) {
+    toolOf(view, id, name).end("done", result);
+    refreshTasks();
+  },
+  widget: (view, { id, copy_text }) => copy_text && itemOf(view, id, quiet(copy_text)),
+  input: (view, event) => itemOf(view, event.id, form(view, event)),
+  notice(view, { level, title, message }) {
+    const heading = title ? [el("strong", { textContent: title }), el("br")] : [];
+    put(el("div", { className: `notice ${level}` }, ...heading, ...inline(message)));
+  },
+  error(view, { message, allow_retry }) {
+    const node = put(el("div", { className: "failed", role: "alert" }, el("span", { textContent: message })));
+    if (allow_retry) node.append(retryButton(view));
+  },
+  done(view, { status }) {
+    for (const item of view.items.values()) item.end?.("stopped");
+    if (status === "cancelled") put(quiet("Stopped"));
+    // Told to screen readers once, at the end, and not word by word.
+    page.announce.textContent = { completed: view.last?.text, cancelled: "Stopped" }[status] ?? "";
+    refreshTasks();
+  },
+};
+
+function setBusy(view, busy) {
+  view.busy = busy;
+  if (view !== shown) return;
+  page.send.ariaLabel = busy ? "Stop" : "Send";
+  page.glyph.setAttribute("d", busy ? "M8 8h8v8H8z" : "M12 19V5M6 11l6-6 6 6");
+  page.scroller.ariaBusy = String(busy);
+  if (!busy) thought(view);
+  paintAll();
+  fitComposer();
+}
+
+const join = ({ id, seen }) => api(`api/conversations/${id}/stream`, "GET", null, seen && { "Last-Event-ID": seen });
+
+const turnOf = (eventId) => eventId.slice(0, eventId.lastIndexOf("-"));
+
+// Follows an answer to its end. A stream that breaks is joined again after the last event that was seen.
+async function follow(view, response) {
+  setBusy(view, true);
+  for (let tries = 0; view === shown; tries++) {
+    try {
+      response ??= await join(view);
+      if (response.status === 204) return openConversation(view.id); // it ended meanwhile: the conversation has it all
+      for await (const { id, data } of readEvents(response, view)) {
+        if (view !== shown) return;
+        if (view.seen && id && turnOf(id) !== turnOf(view.seen)) return openConversation(view.id); // another answer
+        view.seen = id || view.seen;
+        tries = 0;
+        try {
+          const event = JSON.parse(data);
+          if (!["thread", "thinking", "progress"].includes(event.type)) thought(view);
+          handlers[event.type]?.(view, event);
+        } catch (error) {
+          console.error(error); // one odd event does not end the answer
+        }
+      }
+      setBusy(view, false);
+      return refreshList();
+    } catch (error) {
+      if (view !== shown) return;
+      if (error.status >= 400 && error.status < 500) return openConversation(view.id); // deleted, for example
+    }
+    response = null;
+    show(page.banner, "Reconnecting\u2026");
+    await sleep(tries && Math.min(5000, 250 * 2 ** tries));
+    await serverBack();
+  }
+}
+
+// Begins an answer and follows it. When the server does not take the request, the person gets back what they wrote.
+async function answer(view, path, body, giveBack) {
+  Object.assign(view, { seen: "", last: null, stopping: false });
+  for (const button of page.log.querySelectorAll(".retry")) button.remove(); // they retry the last message only
+  setBusy(view, true);
+  show(page.problem, "");
+  think(view, "");
+  try {
+    const response = await api(path, "POST", body);
+    view.id ??= Number(response.headers.get("X-Thread-Id")) || null;
+    tellOthers(view.id);
+    refreshList();
+    if (view !== shown) return response.body.cancel(); // the person went on; the answer is joined when they come back
+    await follow(view, response);
+  } catch (error) {
+    setBusy(view, false);
+    giveBack?.();
+    show(page.problem, `Not sent: ${error.message}`);
+    if (error.status === 0) await serverBack();
+    refresh();
+    if (view === shown && view.id) openConversation(view.id); // what the server has, perhaps an answer that is running
+  }
+}
+
+function send(text) {
+  const view = shown;
+  if (view.busy || view.loading || !text.trim()) return;
+  page.input.value = "";
+  page.input.focus();
+  const bubble = put(el("div", { className: "user", textContent: text }));
+  setPinned(true);
+  answer(view, "chatkit", { message: text, ...(view.id && { thread_id: view.id }) }, () => {
+    bubble.remove();
+    page.input.value = [text, page.input.value].filter(Boolean).join("\n\n");
+    fitComposer();
+  });
+}
+
+const retryButton = (view) => el("button", { className: "retry", textContent: "Retry", onclick: () => {
+  if (view.busy) return;
+  const question = [...page.log.querySelectorAll(".user")].at(-1);
+  while (question && page.log.lastChild !== question) page.log.lastChild.remove();
+  view.items.clear();
+  answer(view, `api/conversations/${view.id}/retry`);
+} });
+
+function stop(view) {
+  view.stopping = true; // an answer that has no address yet is stopped when it gets one
+  if (view.id) api(`api/conversations/${view.id}/cancel`, "POST").catch(() => {}); // 409: it is over already
+}
+
+// ---------- Opening a conversation ----------
+const ENDED = { cancelled: "Stopped", interrupted: "Interrupted", failed: "The answer failed" };
+
+function showRow(view, { id, role, content, tool_calls, status }) {
+  if (role === "user") put(el("div", { className: "user", textContent: content }));
+  if (role === "assistant" && content) paintSoon(Object.assign(messageOf(view, id), { text: content }));
+  if (role === "assistant" && ENDED[status]) put(quiet(ENDED[status]));
+  if (["widget", "input"].includes(role) && content) itemOf(view, id, quiet(content));
+  if (role !== "tool") return;
+  for (const call of tool_calls ?? []) {
+    const tool = toolOf(view, call.id, call.name, call.args);
+    if (status === "done") tool.end("done", content);
+    else if (ENDED[status]) tool.end("stopped");
+  }
+}
+
+function welcome() {
+  const tries = ["add buy milk to my list", "show my tasks", "complete buy milk"];
+  const buttons = tries.map((text) => el("button", { textContent: text, onclick: () => send(text) }));
+  return el("div", { id: "welcome" }, el("h2", { textContent: "How can I help?" }),
+    el("div", { className: "demo-only" }, quiet("Three things to try"), ...buttons));
+}
+
+async function openConversation(id, again = false) {
+  const same = shown && id && shown.id === id;
+  shown?.reader?.cancel().catch(() => {}); // an answer that is left goes on at the server
+  const view = shown = { id, items: new Map(), loading: Boolean(id), seen: "" };
+  setBusy(view, false);
+  markCurrent();
+  if (!same) {
+    page.log.replaceChildren();
+    show(page.problem, "");
+    setPinned(true);
+  }
+  if (!id) {
+    showTitle("");
+    return put(welcome());
+  }
+  try {
+    // Joined first and loaded second, so that nothing falls in between; what comes twice has the same ids.
+    const stream = await join(view), { title, messages } = await getJson(`api/conversations/${id}`);
+    if (view !== shown) return stream.body?.cancel();
+    const last = messages.at(-1), open = last?.role === "user" || last?.status === "streaming";
+    if (stream.status === 204 && open && !again) {
+      await sleep(300); // an answer is just beginning or just ending
+      return view === shown && openConversation(id, true);
+    }
+    view.loading = false;
+    showTitle(title);
+    page.log.replaceChildren();
+    for (const message of messages) showRow(view, message);
+    paintAll();
+    if (stream.status !== 204) await follow(view, stream);
+    else if (open || ["failed", "interrupted"].includes(last?.status)) put(retryButton(view));
+  } catch (error) {
+    if (view !== shown) return;
+    if (error.status === 404) {
+      page.log.replaceChildren();
+      show(page.problem, error.message);
+      return Object.assign(view, { id: null, loading: false }); // the next message begins a new one
+    }
+    show(page.banner, error.message);
+    await sleep(1000);
+    await serverBack();
+    if (view === shown) openConversation(id);
+  }
+}
+
+function showTitle(title) {
+  page.title.textContent = title || "New conversation";
+  document.title = title ? `${title} \u2013 ChatKit` : "ChatKit";
+}
+
+const route = () => openConversation(Number(/^#\/(\d+)$/.exec(location.hash)?.[1]) || null);
+const closePanels = () => document.querySelectorAll(":popover-open").forEach((panel) => panel.hidePopover());
+wide.onchange = closePanels;
+page.sidebar.addEventListener("click", (event) => event.target.closest("a") && closePanels());
+addEventListener("hashchange", () => {
+  route();
+  if (wide.matches) page.input.focus(); // not on a phone, where it would bring up the keyboard
+});
+
+// ---------- The lists beside it ----------
+const rows = new Map(), labels = new Map();
+let pages = 1, listing = 0, searching = 0;
+
+function refresh() {
+  refreshList();
+  refreshTasks();
+}
+
+function fill(list, nodes) { // most of the nodes were in the list before: one of them may have the focus
+  const focused = document.activeElement;
+  list.replaceChildren(...nodes);
+  if (list.contains(focused)) focused.focus();
+}
+
+async function refreshList() {
+  const mine = ++listing, found = [], query = encodeURIComponent(page.search.value.trim());
+  try {
+    for (let i = 0; i < pages && found.length === i * 50; i++) {
+      found.push(...await getJson(`api/conversations?limit=50&offset=${i * 50}&q=${query}`));
+    }
+  } catch (error) {
+    return error.status === 0 ? serverBack().then(refreshList) : null;
+  }
+  if (mine !== listing) return; // a later one is on its way
+  fill(page.list, found.map(rowOf));
+  page.more.hidden = found.length < pages * 50;
+  show(page.nothing, found.length ? "" : query ? "Nothing found." : "No conversations yet.");
+  markCurrent();
+}
+
+function rowOf({ id, title }) {
+  if (!rows.has(id)) rows.set(id, page.row.content.firstElementChild.cloneNode(true));
+  const [link, edit, bin] = rows.get(id).children;
+  Object.assign(link, { href: `#/${id}`, textContent: title || "Untitled", title });
+  Object.assign(edit, { title: "Rename", ariaLabel: `Rename ${title}`, onclick: () => rename(id, title) });
+  Object.assign(bin, { title: "Delete", ariaLabel: `Delete ${title}`, onclick: () => remove(id, title) });
+  return rows.get(id);
+}
+
+function markCurrent() {
+  for (const [id, node] of rows) {
+    node.classList.toggle("current", id === shown.id);
+    node.firstElementChild.ariaCurrent = id === shown.id ? "page" : null;
+  }
+}
+
+// Changes something at the server, and reads the lists again, here and in the other tabs.
+async function change(id, path, method, body) {
+  try {
+    return await api(path, method, body);
+  } catch (error) {
+    show(page.problem, error.message);
+  } finally {
+    refresh();
+    tellOthers(id);
+  }
+}
+
+async function rename(id, old) {
+  const title = (await ask({ title: "Rename conversation", value: old, yes: "Rename" }))?.trim();
+  if (title && await change(id, `api/conversations/${id}`, "PATCH", { title }) && id === shown.id) showTitle(title);
+}
+
+async function remove(id, title) {
+  if (!await ask({ title: "Delete this conversation?", text: title, yes: "Delete" })) return;
+  if (!await change(id, `api/conversations/${id}`, "DELETE")) return;
+  if (id === shown.id) history.replaceState(null, "", "#/");
+  if (id === shown.id) route();
+  page.input.focus();
+}
+
+async function refreshTasks() {
+  try {
+    const tasks = await getJson("api/tasks");
+    page.tasks.hidden = page.toTasks.hidden = false;
+    fill(page.todo, tasks.length ? tasks.map(taskOf) : [quiet("Nothing to do.", "li")]);
+  } catch (error) {
+    if (error.status === 404) page.tasks.hidden = page.toTasks.hidden = true; // another agent, without such a list
+  }
+}
+
+function taskOf({ id, title, done }) {
+  if (!labels.has(id)) {
+    const onchange = (event) => change(null, `api/tasks/${id}`, "PATCH", { done: event.target.checked });
+    labels.set(id, el("li", {}, el("label", {}, el("input", { type: "checkbox", onchange }), el("span", {}))));
+  }
+  const [box, name] = labels.get(id).firstChild.children;
+  box.checked = done;
+  name.textContent = title;
+  return labels.get(id);
+}
+
+// The other tabs hear what happens here: a conversation that is open there too joins the answer.
+const channel = new BroadcastChannel(`chatkit ${base}`);
+const tellOthers = (id) => channel.postMessage(id);
+channel.onmessage = ({ data: id }) => {
+  refresh();
+  if (id && id === shown.id && !shown.busy) openConversation(id);
+};
+
+// ---------- The composer and the view ----------
+let pinned = true, lastTop = 0; // the view follows the answer until the person scrolls up, and again from the end
+
+function setPinned(value) {
+  pinned = page.jump.hidden = value;
+  if (value) page.scroller.scrollTop = page.scroller.scrollHeight;
+}
+page.scroller.onscroll = () => {
+  const { scrollTop, scrollHeight, clientHeight } = page.scroller;
+  if (scrollHeight - scrollTop - clientHeight < 40) pinned = true;
+  else if (scrollTop < lastTop) pinned = false;
+  page.jump.hidden = pinned;
+  lastTop = scrollTop;
+};
+const follower = new ResizeObserver(() => pinned && setPinned(true));
+for (const node of [page.log, page.scroller]) follower.observe(node);
+page.log.addEventListener("click", (event) => event.target.closest("summary") && setPinned(false));
+page.jump.onclick = () => setPinned(true);
+
+function fitComposer() {
+  page.input.style.height = "auto";
+  page.input.style.height = `${page.input.scrollHeight}px`;
+  page.send.disabled = !shown.busy && !page.input.value.trim();
+}
+page.input.oninput = fitComposer;
+onEnter(page.input, () => send(page.input.value));
+page.send.onclick = () => {
+  if (shown.busy) stop(shown);
+  else send(page.input.value);
+  page.input.focus();
+};
+page.more.onclick = () => refreshList(++pages);
+page.search.oninput = () => {
+  clearTimeout(searching);
+  searching = setTimeout(() => refreshList(pages = 1), 200);
+};
+page.fresh.onclick = () => {
+  if (!/\d/.test(location.hash)) route(); // no hashchange then
+  page.input.focus();
+};
+
+route();
+serverBack();
+refresh();
+if (wide.matches) page.input.focus();
+</script>
+</body>
+</html>
+"""
 
 
 # =========================================================================================================== Start
