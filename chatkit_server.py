@@ -126,7 +126,19 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(f"chatkit_server: {missing.name} is not installed. The README's first command installs what is needed.")
 
-__all__ = ["Settings", "Store", "TurnContext", "create_app", "serve_in_background", "stream_agent"]
+__all__ = [
+    "ClientTool",
+    "Questions",
+    "Refused",
+    "Settings",
+    "SettingsError",
+    "Store",
+    "StoreError",
+    "TurnContext",
+    "create_app",
+    "serve_in_background",
+    "stream_agent",
+]
 
 # ======================================================================================================== Settings
 # What can be configured. `Settings.from_env()` is the only place that reads the environment.
@@ -2161,14 +2173,20 @@ class Chat:
             raise Refused(404, "Conversation not found")
         return conversation
 
-    async def _take_up(self, caller: Caller, conversation_id: int) -> Turn:
-        """A registered turn in an existing conversation, not yet started."""
+    @contextlib.asynccontextmanager
+    async def _take_up(self, caller: Caller, conversation_id: int) -> AsyncIterator[Turn]:
+        """A registered turn in an existing conversation, for the block to prepare and start; if it raises, forgotten."""
         conversation = await self.conversation(caller.user_id, conversation_id)
         if conversation["status"] != "active":
             reason = f": {conversation['status_reason']}" if conversation["status_reason"] else ""
             raise Refused(409, f"The conversation is {conversation['status']}{reason}")
         self._check_room(caller)
-        return self._register(Turn(self, caller.user_id, conversation, caller.locale))
+        turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
+        try:
+            yield turn
+        except BaseException:
+            self.forget(turn)
+            raise
 
     def _register(self, turn: Turn) -> Turn:
         if turn.conversation_id in self.turns:
@@ -2205,26 +2223,23 @@ class Chat:
         When this returns, the message is in the file. Raises Refused, sqlite3.Error, StoreError.
         """
         self._check_message(message)
-        turn = await self._take_up(caller, conversation_id) if conversation_id is not None else None
-        if turn is None:
-            self._check_room(caller)
-            self._beginning += 1
-        title = make_title(message.text) or "(attachment)"
+        user_id, text, extra = caller.user_id, message.text, message.extra
+        title = make_title(text) or "(attachment)"
         files = list(dict.fromkeys(message.attachments))
         try:
-            conversation, row = await self.store.add_user_message(
-                caller.user_id, conversation_id, title, message.text, message.extra, files
-            )
-        except BaseException as error:
-            if turn is not None:
-                self.forget(turn)
-            if isinstance(error, LookupError):
-                raise Refused(404, str(error)) from None
-            raise
-        finally:
-            self._beginning -= conversation_id is None
-        if turn is None:
-            turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
+            if conversation_id is not None:
+                async with self._take_up(caller, conversation_id) as turn:
+                    _, row = await self.store.add_user_message(user_id, conversation_id, title, text, extra, files)
+            else:
+                self._check_room(caller)
+                self._beginning += 1
+                try:
+                    conversation, row = await self.store.add_user_message(user_id, None, title, text, extra, files)
+                finally:
+                    self._beginning -= 1
+                turn = self._register(Turn(self, user_id, conversation, caller.locale))
+        except LookupError as error:
+            raise Refused(404, str(error)) from None
         self._answer(turn, row)
         return turn
 
@@ -2246,8 +2261,7 @@ class Chat:
 
     async def begin_retry(self, caller: Caller, conversation_id: int, message_id: int | None = None) -> Turn:
         """Remove all that came after a user's message, the last one if none is named, and answer it anew."""
-        turn = await self._take_up(caller, conversation_id)
-        try:
+        async with self._take_up(caller, conversation_id) as turn:
             if message_id is None:
                 row = await self.store.last_user_message(caller.user_id, conversation_id)
             else:
@@ -2257,9 +2271,6 @@ class Chat:
             if row["role"] != "user":
                 raise Refused(400, "Only a user's message can be answered again")
             await self.store.delete_messages_after(caller.user_id, conversation_id, row["id"])
-        except BaseException:
-            self.forget(turn)
-            raise
         self._answer(turn, row)
         return turn
 
@@ -2267,8 +2278,7 @@ class Chat:
         self, caller: Caller, conversation_id: int, result: Any, call_id: str | None = None
     ) -> Turn:
         """Complete the pending client tool call, the last one if none is named, and let the agent go on."""
-        turn = await self._take_up(caller, conversation_id)
-        try:
+        async with self._take_up(caller, conversation_id) as turn:
             pending = await self.store.pending_messages(caller.user_id, conversation_id)
             waiting = [row for row in pending if "client" in row["extra"] and row["tool_calls"]]
             if call_id is not None:
@@ -2282,9 +2292,6 @@ class Chat:
             )
             if row is None:
                 raise Refused(404, "Conversation not found")
-        except BaseException:
-            self.forget(turn)
-            raise
         self._go_on(turn, row, result, show=False)
         return turn
 
@@ -2296,8 +2303,7 @@ class Chat:
         `answers` has {"values": [...], "skipped": bool} by question id. Ids that were not asked are ignored, and a
         question with one answer keeps the first.
         """
-        turn = await self._take_up(caller, conversation_id)
-        try:
+        async with self._take_up(caller, conversation_id) as turn:
             row = await self.store.message(caller.user_id, conversation_id, item_id)
             if row is None:
                 raise Refused(404, "Item not found")
@@ -2327,9 +2333,6 @@ class Chat:
             )
             if row is None:
                 raise Refused(404, "Conversation not found")
-        except BaseException:
-            self.forget(turn)
-            raise
         self._go_on(turn, row, told, show=True)
         return turn
 
@@ -2360,12 +2363,8 @@ class Chat:
 
     async def begin_action(self, caller: Caller, conversation_id: int, item_id: int | None, action: Row) -> Turn:
         """Have the action handler deal with what was clicked in a widget; what it emits is the turn's."""
-        turn = await self._take_up(caller, conversation_id)
-        try:
+        async with self._take_up(caller, conversation_id) as turn:
             item = await self._widget(caller, conversation_id, item_id)
-        except BaseException:
-            self.forget(turn)
-            raise
         handler = cast(ActionHandler, self.on_action)
         turn.start(lambda: handler(turn.context, action, item))
         return turn

@@ -871,28 +871,100 @@ def test_the_demo_model_calls_the_tools_of_any_agent() -> None:
 
 
 def test_an_agent_of_ones_own_as_the_readme_shows(tmp_path: Path) -> None:
-    code = readme_block("whoami.py")
-    (tmp_path / "whoami.py").write_text(code.replace("port=8000", "port=0"))
-    env = {**CLEAN_ENV, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, "whoami.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        with Client(base_url=url, timeout=DEADLINE) as client:
+    (tmp_path / "whoami.py").write_text(readme_block("whoami.py").replace("port=8000", "port=0"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "whoami.py"], cwd=tmp_path, env=CLEAN_ENV, **pipes) as process:  # type: ignore[call-overload]
+        with Client(base_url=process.stdout.readline().strip(), timeout=DEADLINE) as client:
             events = client.send_message("call whoami")
-        assert {"type": "thinking", "content": "Looking you up"}.items() <= events[3].items()
-        assert "local" in said(events)
-    finally:
-        process.terminate()
-        process.wait(DEADLINE)
-        assert process.stdout is not None
-        process.stdout.close()
+        process.communicate("\n", DEADLINE)
+        assert process.returncode == 0
+    assert {"type": "thinking", "content": "Looking you up"}.items() <= events[3].items()
+    assert "local" in said(events)
 
 
 def readme_block(name: str) -> str:
     """A code block of the README, by the file name in its first line."""
     blocks = (HERE / "README.md").read_text(encoding="utf-8").split("```")
     return next(block.partition("\n")[2] for block in blocks if f"# {name}" in block.partition("\n")[2][:80])
+
+
+def readme_example(name: str) -> dict[str, Any]:
+    """What a code block of the README defines, run after the imports that the blocks share."""
+    shared = "from agents import Agent, RunContextWrapper, function_tool\nimport chatkit_server as ck\n"
+    names: dict[str, Any] = {}
+    exec(shared + readme_block(name), names)
+    return names
+
+
+def test_the_readmes_progress_effect_and_notice_reach_the_reader_at_once() -> None:
+    weather = readme_example("weather.py")["weather"]
+    with serving(scripted([Call("weather", {"city": "Oslo"})], ["Sunny"], tools=[weather])) as client:
+        events = client.send_message("hi")
+        assert kinds(events)[2:7] == ["tool_call", "progress", "effect", "notice", "tool_result"]
+        assert events[3].items() >= {"content": "Looking at the sky of Oslo", "icon": "search"}.items()
+        assert events[4].items() >= {"name": "show_map", "data": {"city": "Oslo"}}.items()
+        assert events[5].items() >= {"level": "info", "title": "Weather"}.items()
+        assert [row["role"] for row in client.messages(1)] == ["user", "tool", "assistant"]
+
+
+def test_the_readmes_client_tool_waits_for_the_frontend() -> None:
+    tool = readme_example("selection.py")["get_selection"]
+    agent = scripted([Call("get_selection")], ["You selected two lines."], tools=[tool])
+    with serving(agent) as client:
+        events = client.send_message("what is selected?")
+        assert kinds(events)[2:] == ["tool_call", "client_tool", "done"]
+        assert events[3].items() >= {"name": "get_selection", "args": {"kind": "text"}}.items()
+        path = "/api/conversations/1/tool_output"
+        assert client.post(path, json={"result": 1, "id": "another"}).status_code == 409
+        answer = client.post(path, json={"result": {"lines": 2}}).text
+        assert "You selected two lines." in answer
+        assert client.post(path, json={"result": 1}).status_code == 409
+        shown = agent.model.seen[1]  # type: ignore[union-attr]
+        assert [item.get("type") for item in shown[1:]] == ["function_call", "function_call_output"]
+        assert json.loads(shown[2]["output"]) == {"lines": 2}
+
+
+def test_the_readmes_questions_wait_for_answers() -> None:
+    tool = readme_example("dinner.py")["plan_dinner"]
+    agent = scripted([Call("plan_dinner")], ["Soup it is."], tools=[tool])
+    with serving(agent) as client:
+        events = client.send_message("plan dinner")
+        assert kinds(events)[2:] == ["tool_call", "input", "done"]
+        given = {"main": {"values": ["soup", "pasta"]}, "unknown": {"values": ["x"]}}
+        body = {"item_id": events[3]["id"], "answers": given}
+        assert "Soup" in client.post("/api/conversations/1/answers", json=body).text
+        assert client.post("/api/conversations/1/answers", json=body).status_code == 409
+        told = json.loads(agent.model.seen[1][-1]["output"])  # type: ignore[union-attr]
+        assert told == [
+            {"question": "What?", "values": ["soup"], "skipped": False},
+            {"question": "Any wishes?", "skipped": True},
+        ]
+
+
+def test_the_readmes_widget_counts_clicks() -> None:
+    names = readme_example("counter.py")
+    agent = scripted([Call("show_counter")], ["Click it."], tools=[names["show_counter"]])
+    with serving(agent, on_action=names["on_action"]) as client:
+        widget = next(event for event in client.send_message("hi") if event["type"] == "widget")
+        assert widget["widget"]["children"][0]["label"] == "0"
+        action = {"type": "count", "payload": {"count": 1}}
+        events = client.operate("threads.custom_action", thread_id="1", item_id=str(widget["id"]), action=action)
+        assert events[-1]["item"]["widget"]["children"][0]["label"] == "1"
+
+
+def test_the_readmes_file_reaches_the_model() -> None:
+    agent = scripted(["Oat milk."])
+    with serving(agent) as client:
+        exec(readme_block("send_file.py").replace("http://localhost:8000", str(client.base_url)), {})
+        parts = agent.model.seen[0][-1]["content"]  # type: ignore[union-attr]
+        assert "Buy oat milk." in parts[0]["text"]
+        assert parts[-1]["text"] == "What does this say?"
+
+
+def test_the_readmes_dictation() -> None:
+    with ck.serve_in_background(readme_example("dictation.py")["app"]) as url, Client(base_url=url) as client:
+        spoken = client.operate("input.transcribe", audio_base64="AAAA", mime_type="audio/webm;codecs=opus")
+        assert spoken == {"text": "3 bytes of audio/webm"}
 
 
 def test_uvicorn_starts_the_factory(tmp_path: Path) -> None:
