@@ -299,6 +299,7 @@ class Store:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: STRICT tables need 3.37.")
         connection = None
         try:
+            sqlite3.connect(self.path).close()  # a file that cannot be opened fails here, before there is a thread
             connection = await aiosqlite.connect(self.path, isolation_level=None)
             connection.row_factory = sqlite3.Row
             self._connection = connection
@@ -400,16 +401,17 @@ class Store:
         sql = """
             WITH hits AS (
                 SELECT m.conversation_id AS id FROM (
-                    SELECT rowid FROM message_search WHERE message_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
+                    SELECT rowid FROM message_search WHERE message_search MATCH ? ORDER BY rowid DESC LIMIT ?
                 ) hit CROSS JOIN messages m ON m.id = hit.rowid
                 UNION
                 SELECT rowid FROM (
-                    SELECT rowid FROM title_search WHERE title_search MATCH ?1 ORDER BY rowid DESC LIMIT ?5
+                    SELECT rowid FROM title_search WHERE title_search MATCH ? ORDER BY rowid DESC LIMIT ?
                 )
             )
-            SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?2
-            ORDER BY c.updated_at DESC, c.id DESC LIMIT ?3 OFFSET ?4"""
-        return [dict(row) for row in await self._read(sql, query, user_id, limit, offset, SEARCH_DEPTH)]
+            SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?
+            ORDER BY c.updated_at DESC, c.id DESC LIMIT ? OFFSET ?"""
+        values = (query, SEARCH_DEPTH, query, SEARCH_DEPTH, user_id, limit, offset)
+        return [dict(row) for row in await self._read(sql, *values)]
 
     async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> Page:
         """A page in the order in which conversations were begun, which new messages do not change."""
