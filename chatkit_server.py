@@ -73,6 +73,7 @@ try:
         ItemHelpers,
         MaxTurnsExceeded,
         Model,
+        ModelBehaviorError,
         ModelProvider,
         ModelRefusalError,
         ModelResponse,
@@ -95,7 +96,7 @@ try:
         function_tool,
         set_tracing_disabled,
     )
-    from agents.exceptions import ModelTimeoutError
+    from agents.exceptions import ModelTimeoutError, _mark_error_to_drain_stream_events
     from agents.items import TResponseStreamEvent
     from agents.models.default_models import get_default_model
     from dotenv import load_dotenv
@@ -1323,8 +1324,11 @@ class Models(ModelProvider):
     @property
     def client(self) -> AsyncOpenAI:
         if self._client is None:
-            key = self.settings.openai_api_key or "none"  # local servers ask for none
-            self._client = AsyncOpenAI(api_key=key, base_url=self.settings.openai_base_url)
+            self._client = AsyncOpenAI(
+                api_key=self.settings.openai_api_key or "none",  # local servers ask for none
+                base_url=self.settings.openai_base_url or "https://api.openai.com/v1",  # or it looks in the environment
+                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_no_long_wait]}),
+            )
         return self._client
 
     async def transcribe(self, audio: bytes, mime_type: str) -> str:
@@ -1341,6 +1345,8 @@ class Models(ModelProvider):
 
         litellm.suppress_debug_info = True  # it prints advice to standard output otherwise
         litellm.drop_params = True  # a setting that one provider does not know is left out, rather than refused
+        litellm.disable_aiohttp_transport = True  # that one keeps the connection of a stopped answer, and hides breaks
+        _mend_litellm()
         try:
             litellm.get_llm_provider(name)
         except Exception as error:
@@ -1357,6 +1363,28 @@ class Models(ModelProvider):
             await client.close()
 
 
+async def _no_long_wait(response: Any) -> None:
+    """The client obeys a Retry-After of up to two minutes, twice, without a word; a person is better told at once."""
+    if not re.fullmatch(r"[0-5](\.[0-9]+)?", response.headers.get("retry-after", "0")):
+        response.headers["x-should-retry"] = "false"
+
+
+def _mend_litellm() -> None:
+    """Where a stream of Gemini's ends within a chunk, LiteLLM 1.83 asks for the rest for ever and stops the process."""
+    from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import ModelResponseIterator
+
+    parse = ModelResponseIterator.handle_accumulated_json_chunk
+
+    def parse_or_end(self: Any, chunk: str) -> Any:
+        if not chunk:
+            rest, self.accumulated_json = self.accumulated_json, ""
+            return json.loads(rest)  # which raises, or it would have been taken before
+        return parse(self, chunk)
+
+    if parse.__name__ != parse_or_end.__name__:
+        ModelResponseIterator.handle_accumulated_json_chunk = parse_or_end  # type: ignore[method-assign]  # on purpose
+
+
 class EmptyAnswer(Exception):
     """The model ended without a word."""
 
@@ -1366,17 +1394,22 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
 
     The error's own text stays out: providers put keys, addresses and prompts into theirs.
     """
-    if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-        return "key_rejected", "The model's provider rejected the API key.", False
-    if isinstance(error, openai.RateLimitError):
-        return "rate_limited", "The model's provider says: too many requests, or no credit left. Try again later.", True
+    error = getattr(error, "original_exception", None) or error  # what LiteLLM has wrapped in one of its own
     if isinstance(error, (openai.APITimeoutError, ModelTimeoutError, asyncio.TimeoutError, TimeoutError)):
         return "timeout", "The model took too long to answer.", True
-    if isinstance(error, openai.NotFoundError):
+    status = getattr(error, "status_code", None)
+    status = status if isinstance(status, int) else 0
+    if status in (401, 403):
+        return "key_rejected", "The model's provider rejected the API key.", False
+    if status in (402, 429):
+        return "rate_limited", "The model's provider says: too many requests, or no credit left. Try again later.", True
+    if status == 404:
         return "model_not_found", "The model's provider does not know this model. Check the model's name.", False
-    if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
+    if status == 408:
+        return "timeout", "The model took too long to answer.", True
+    if 400 <= status < 500 and status != 409:
         return "refused", "The model's provider refused the request.", False
-    if isinstance(error, (openai.APIConnectionError, openai.InternalServerError, ConnectionError)):
+    if isinstance(error, (openai.APIConnectionError, ConnectionError)) or status:
         return "unreachable", "The model's provider cannot be reached, or is out of order.", True
     if isinstance(error, MaxTurnsExceeded):
         return "too_many_steps", "The assistant took too many steps without an answer.", True
@@ -1394,6 +1427,8 @@ def explain(error: BaseException) -> tuple[str, str, bool]:
         return "refusal", "The model declined to answer.", False
     if isinstance(error, UnreadableFile):
         return "unreadable_file", str(error), False
+    if isinstance(error, (ModelBehaviorError, json.JSONDecodeError)):
+        return "bad_answer", "The model's provider broke off, or sent what is no answer.", True
     if isinstance(error, EmptyAnswer):
         return "empty", "The model gave no answer.", True
     if isinstance(error, (sqlite3.Error, StoreError)):
@@ -1456,9 +1491,10 @@ def model_input(rows: list[Row], cut: bool, files: dict[str, bytes]) -> list[TRe
             items.append({"role": "assistant", "content": row["content"]})
         elif row["tool_calls"] and not extra.get("hosted"):  # a hosted tool's call means nothing to another provider
             call, group = row["tool_calls"][0], extra.get("group")
-            arguments = json.dumps(call["args"], ensure_ascii=False)
-            items.append({"type": "function_call", "call_id": call["id"], "name": call["name"], "arguments": arguments})
-            outputs.append({"type": "function_call_output", "call_id": call["id"], "output": _tool_output(row)})
+            signed = {"provider_data": extra["provider_data"]} if "provider_data" in extra else {}
+            call = {"call_id": call["id"], "name": call["name"], "arguments": _json(call["args"]), **signed}
+            items.append({"type": "function_call", **call})
+            outputs.append({"type": "function_call_output", "call_id": call["call_id"], "output": _tool_output(row)})
         elif role == "widget":
             shown = row["content"] or json.dumps(extra.get("widget"), ensure_ascii=False)
             notes.append(f"<context>\nThe person was shown this widget:\n{shown}\n</context>")
@@ -1526,7 +1562,7 @@ def _file_part(file: Row, data: bytes) -> Row | None:
 # that begins to grow, is final, or was changed.
 
 SAVE_EVERY = 0.4  # seconds that text may be on a screen and not yet in the file
-STOP_WITHIN = 1.5  # seconds that a stopped model or tool has to let go
+STOP_WITHIN = 1.0  # seconds that a stopped model or tool has to let go
 
 STOPPED = "The person stopped the answer above before it was complete. Do not go on with it unless they ask."
 
@@ -1743,10 +1779,11 @@ class Turn:
                     self._unread = True
         self._working = False
         timer.cancel()
-        if self._stopped:
-            error, status, row_status = STOP_REASONS[self._stopped]
+        reason = self._stopped  # one that comes later comes too late
+        if reason is not None:
+            error, status, row_status = STOP_REASONS[reason]
         try:
-            await self._put_away(row_status)
+            await self._put_away(row_status, reason)
         except (sqlite3.Error, StoreError) as exception:
             self.chat.log_exception(f"thread {self.conversation_id}: the answer could not be saved", exception)
             error, status = explain(exception), "failed"
@@ -1776,12 +1813,12 @@ class Turn:
             status if error is None else f"{status} ({error[0]})",
         )
 
-    async def _put_away(self, row_status: str) -> None:
+    async def _put_away(self, row_status: str, reason: str | None) -> None:
         """Leave nothing half-written: what was growing, tools that were running, a note about the stop."""
         if self._run is not None:
             usage = self._run.context_wrapper.usage
             self.usage = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        if self._stopped == "deleted":
+        if reason == "deleted":
             if self._draft is not None:
                 draft, self._draft = self._draft, None
                 await draft.close(row_status)
@@ -1794,7 +1831,7 @@ class Turn:
         if self._unread and self.user_message is not None:  # so that the next message is not refused for them too
             extra = {**self.user_message["extra"], "unread": True}
             await store.update_message(self.user_id, self.user_message["id"], extra=extra)
-        if self._stopped == "cancelled":
+        if reason == "cancelled":
             await patiently(lambda: store.add_message(self.user_id, self.conversation_id, "system", STOPPED))
 
     # ---- the agent's run
@@ -1828,9 +1865,12 @@ class Turn:
         if self._stopped:
             run.cancel()
         stream = cast(AsyncGenerator[StreamEvent, None], run.stream_events())
+        running = run.run_loop_task
         try:
             while True:
                 self._idle.set()
+                if running is not None and running.done():
+                    self._keep_what_was_said(running)
                 try:
                     event = await stream.__anext__()
                 except StopAsyncIteration:
@@ -1838,6 +1878,8 @@ class Turn:
                 self._idle.clear()
                 if event.type == "raw_response_event":
                     if event.data.type == "response.output_text.delta":  # the hot path: one of these a token
+                        if not event.data.delta:
+                            continue
                         if self._draft is None or self._draft.row["role"] != "assistant":
                             await self._open_draft("assistant")
                         draft = cast(Draft, self._draft)
@@ -1854,6 +1896,13 @@ class Turn:
         if self._stopped is None:
             await self._close_draft("done")
             await self._conclude(run.final_output)
+
+    @staticmethod
+    def _keep_what_was_said(running: asyncio.Task[Any]) -> None:
+        """The SDK raises a failure ahead of the deltas that came before it, and drops those; unless it is marked."""
+        error = None if running.cancelled() else running.exception()
+        if error is not None:
+            _mark_error_to_drain_stream_events(error)
 
     async def _take_raw(self, data: Any) -> None:
         """What a model's response says beside its text."""
@@ -1887,7 +1936,7 @@ class Turn:
             raw = item.raw_item
             call_id = getattr(raw, "call_id", None) or getattr(raw, "id", None) or "call_" + secrets.token_hex(8)
             if getattr(raw, "type", "") == "function_call":
-                await self.announce(call_id, raw.name, raw.arguments)
+                await self.announce(call_id, raw.name, raw.arguments, getattr(raw, "provider_data", None))
             else:  # a tool on the provider's side, such as a web search: done by the time we hear of it
                 await self.announce(call_id, getattr(raw, "name", None) or str(raw.type).removesuffix("_call"), "{}")
                 await self._end_call(call_id, "", hosted=True)
@@ -1929,14 +1978,16 @@ class Turn:
             raise LookupError("the conversation was deleted")
         return row
 
-    async def announce(self, call_id: str, name: str, arguments: str) -> None:
-        """Write down and report a tool call, once."""
+    async def announce(self, call_id: str, name: str, arguments: str, provider_data: Row | None = None) -> None:
+        """Write down and report a tool call, once. `provider_data` is the SDK's: Gemini's signature of the call."""
         async with self._announcing:
             if call_id in self._calls:
                 return
             await self._close_draft("done")
             call = {"id": call_id, "name": name, "args": _object(arguments or "{}")}
-            extra = {"group": f"{self.id}-{self._step}"}
+            extra: Row = {"group": f"{self.id}-{self._step}"}
+            if provider_data and provider_data.keys() - {"model", "response_id"}:
+                extra["provider_data"] = provider_data
             row = await self._add_row("tool", tool_calls=[call], status="streaming", extra=extra)
             self._calls[call_id] = row
             self.emit({"type": "tool_call", **call})
@@ -1983,6 +2034,8 @@ class Turn:
         """What the model, and so perhaps the person, is told of a tool that raised: not the exception's text."""
         if args.kind != "tool_exception":
             return None
+        if isinstance(args.error, ModelBehaviorError):
+            return json.dumps({"error": f"These arguments do not fit the parameters of {args.tool_name}."})
         if args.error is not None:
             self.chat.log_exception(f"thread {self.conversation_id}: the tool {args.tool_name} failed", args.error)
         return json.dumps({"error": f"The tool {args.tool_name} failed."})
