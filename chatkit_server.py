@@ -41,7 +41,6 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Pytho
 import argparse
 import asyncio
 import base64
-import binascii
 import contextlib
 import errno
 import hashlib
@@ -698,6 +697,47 @@ Event = dict[str, Any]
 
 # What only the turn itself may say: a tool that could send these could forge an answer or its end.
 RESERVED_EVENTS = {"thread", "text", "tool_call", "tool_result", "error", "done", "item", "client_tool", "input"}
+RESERVED_EVENTS |= {"progress", "effect", "notice", "widget"}  # these have methods, which know their fields
+MAX_DEPTH = 64  # of nested JSON, from whatever side: the stack has an end, and not the same one for all who encode it
+
+
+def json_copy(value: object) -> Any:
+    """A value as JSON can carry it, half characters replaced. Raises TypeError or ValueError for what is not JSON."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if not is_shallow(value):
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return json.loads(text if _is_unicode(text) else _mend(text)[0])
+
+
+def is_shallow(value: object) -> bool:
+    """Whether it is nested at most MAX_DEPTH levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = (part for part in level if isinstance(part, (dict, list, tuple)))
+        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return True
+    return False
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _mend(text: str) -> tuple[str, str]:
+    """Text whose surrogates are paired or replaced, and a first half at its end that may still find its second.
+
+    Providers that escape JSON to ASCII may send the two halves of an emoji in two deltas; neither can be stored.
+    """
+    held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    text = text[: len(text) - len(held)]
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), held
 
 
 @dataclass(frozen=True)
@@ -738,26 +778,28 @@ class TurnContext:
     def emit(self, event: Event) -> None:
         """Send an event of one's own to the readers, such as {"type": "thinking", "content": "..."}. Not stored.
 
-        Raises ValueError for a type that only the turn may use, TypeError for what is not JSON.
+        Raises ValueError for a type that only the turn or a method may use, and, like TypeError, for what is not JSON.
         """
         kind = event.get("type")
         if not isinstance(kind, str) or kind in RESERVED_EVENTS:
             raise ValueError(f"a tool cannot emit an event of type {kind!r}")
-        self.send(json.loads(json.dumps(event)))
+        if kind == "thinking" and not isinstance(event.get("content"), str):
+            raise ValueError("the content of a thinking event is text")
+        self.send(json_copy(event))
 
     async def progress(self, text: str, icon: str | None = None) -> None:
         """Say what the tool is doing. `icon` is one of ChatKit's names, such as "search". Not stored."""
-        self.emit({"type": "progress", "content": text, "icon": icon})
+        self.send(json_copy({"type": "progress", "content": str(text), "icon": icon}))
 
     async def effect(self, name: str, data: Row | None = None) -> None:
         """Have the frontend do something, once: ChatKit calls its onEffect with name and data. Not stored."""
-        self.emit({"type": "effect", "name": name, "data": data or {}})
+        self.send(json_copy({"type": "effect", "name": name, "data": data or {}}))
 
     async def notice(self, level: str, message: str, title: str | None = None) -> None:
         """Show a notice beside the conversation; `level` is info, warning or danger. Not stored."""
         if level not in ("info", "warning", "danger"):
             raise ValueError(f"level must be info, warning or danger, not {level!r}")
-        self.emit({"type": "notice", "level": level, "message": message, "title": title})
+        self.send(json_copy({"type": "notice", "level": level, "message": str(message), "title": title}))
 
     async def widget(self, root: Any, copy_text: str | None = None) -> int:
         """Show a widget and keep it; its item id comes back.
@@ -793,7 +835,7 @@ class TurnContext:
 
         The turn ends; when the frontend has sent its result, the agent goes on with it as this call's result.
         """
-        return ClientTool(name, json.loads(json.dumps(arguments or {})))
+        return ClientTool(name, json_copy(arguments or {}))
 
     def ask(self, inputs: list[Row]) -> Questions:
         """`return ctx.ask([...])` from a tool asks the person; the agent goes on when they answered or skipped.
@@ -816,7 +858,7 @@ class TurnContext:
             questions.append(question)
         if not questions or len({question["id"] for question in questions}) < len(questions):
             raise ValueError("ask at least one question, and give each an id of its own")
-        return Questions(questions)
+        return Questions(json_copy(questions))
 
 
 def _widget_root(root: Any) -> Row:
@@ -825,7 +867,7 @@ def _widget_root(root: Any) -> Row:
         root = root.model_dump(mode="json", exclude_none=True)
     if not isinstance(root, dict) or root.get("type") not in ("Card", "ListView", "Basic"):
         raise ValueError("a widget's root is a Card, a ListView or a Basic")
-    return cast(Row, json.loads(json.dumps(root)))
+    return cast(Row, json_copy(root))
 
 
 # ---- the to-do assistant
@@ -1238,10 +1280,10 @@ def _own_words(item: Row) -> str:
 
 
 def _value(output: Any) -> Any:
-    """A tool's output, decoded where it is a JSON object or array."""
+    """A tool's output, decoded where it is a JSON object or array; NaN, which Python takes for JSON, is none."""
     if isinstance(output, str) and output[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(output)
+            return json_copy(json.loads(output))
     return output
 
 
@@ -1626,26 +1668,6 @@ class Draft:
         return row or {**self.row, "content": self.text, "status": status}  # None: the conversation was deleted
 
 
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _mend(text: str) -> tuple[str, str]:
-    """Text whose surrogates are paired or replaced, and a first half at its end that may still find its second.
-
-    Providers that escape JSON to ASCII may send the two halves of an emoji in two deltas; neither can be stored.
-    """
-    held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-    text = text[: len(text) - len(held)]
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), held
-
-
 async def patiently(write: Callable[[], Awaitable[Any]]) -> Any:
     """A write that must not be lost: another program's lock is waited out for up to half a minute, then it raises."""
     deadline = time.monotonic() + 30
@@ -1745,6 +1767,10 @@ class Turn:
         if self._task is not None:
             asyncio.get_running_loop().call_later(STOP_WITHIN, self._insist)
 
+    @property
+    def stopping(self) -> bool:
+        return self._stopped is not None
+
     def _insist(self) -> None:
         if self._working and self._task is not None:
             self._task.cancel()
@@ -1831,7 +1857,7 @@ class Turn:
         if self._unread and self.user_message is not None:  # so that the next message is not refused for them too
             extra = {**self.user_message["extra"], "unread": True}
             await store.update_message(self.user_id, self.user_message["id"], extra=extra)
-        if reason == "cancelled":
+        if reason == "cancelled" and (self.user_message or self._run):  # an action is no answer
             await patiently(lambda: store.add_message(self.user_id, self.conversation_id, "system", STOPPED))
 
     # ---- the agent's run
@@ -2228,13 +2254,20 @@ class Chat:
             raise Refused(404, "Conversation not found")
         return conversation
 
-    @contextlib.asynccontextmanager
-    async def _take_up(self, caller: Caller, conversation_id: int) -> AsyncIterator[Turn]:
-        """A registered turn in an existing conversation, for the block to prepare and start; if it raises, forgotten."""
-        conversation = await self.conversation(caller.user_id, conversation_id)
+    async def _active_conversation(self, user_id: str, conversation_id: int) -> Row:
+        conversation = await self.conversation(user_id, conversation_id)
         if conversation["status"] != "active":
             reason = f": {conversation['status_reason']}" if conversation["status_reason"] else ""
             raise Refused(409, f"The conversation is {conversation['status']}{reason}")
+        return conversation
+
+    @contextlib.asynccontextmanager
+    async def _take_up(self, caller: Caller, conversation_id: int) -> AsyncIterator[Turn]:
+        """A registered turn in an existing conversation, for the block to prepare; forgotten if that raises."""
+        conversation = await self._active_conversation(caller.user_id, conversation_id)
+        running = self.turns.get(conversation_id)
+        if running is not None and running.stopping:  # who pressed stop may send the next message at once
+            await running.wait()
         self._check_room(caller)
         turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
         try:
@@ -2263,8 +2296,10 @@ class Chat:
     def _check_message(self, message: UserMessage) -> None:
         if not message.text.strip() and not message.attachments:
             raise Refused(400, "Message is required")
-        length = len(message.text) + len(message.quoted_text or "") + len(json.dumps(message.parts or ""))
-        if length - 2 > self.settings.max_message_chars:
+        tags = [part for part in message.parts or [] if part["type"] == "input_tag"]
+        data = "".join(json.dumps(tag["data"], ensure_ascii=False) for tag in tags)  # the one thing not in the text
+        length = len(message.text) + len(message.quoted_text or "") + len(data)
+        if length > self.settings.max_message_chars:
             raise Refused(413, f"Message is longer than {self.settings.max_message_chars} characters")
         if message.model is not None and message.model not in self.models.names:
             raise Refused(400, f"There is no model {message.model!r} here; there is {', '.join(self.models.names)}")
@@ -2397,6 +2432,8 @@ class Chat:
 
         async def work() -> None:
             await self._close_pending(turn)
+            asked = await self.store.last_user_message(turn.user_id, turn.conversation_id)
+            turn.model = asked["extra"].get("model") if asked else None  # what was chosen for the message goes on
             turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": result})
             if show:
                 turn.emit({"type": "item", "change": "replaced", "row": row})
@@ -2426,7 +2463,7 @@ class Chat:
 
     async def act(self, caller: Caller, conversation_id: int, item_id: int | None, action: Row) -> Row | None:
         """The same without a stream: the widget as it is afterwards. What the handler emits reaches nobody."""
-        await self.conversation(caller.user_id, conversation_id)
+        await self._active_conversation(caller.user_id, conversation_id)
         item = await self._widget(caller, conversation_id, item_id)
         context = TurnContext(caller.user_id, conversation_id, self.store, lambda event: None, caller.locale)
         try:
@@ -2434,6 +2471,9 @@ class Chat:
         except (ValueError, LookupError) as error:
             self.log_exception(f"thread {conversation_id}: the action was refused", error)
             raise Refused(400, "The action was refused") from error
+        except Exception as error:
+            self.log_exception(f"thread {conversation_id}: the action failed", error)
+            raise Refused(500, explain(error)[1]) from error
         return await self.store.message(caller.user_id, conversation_id, item["id"]) if item else None
 
     async def transcribe(self, audio_base64: str, mime_type: str) -> str:
@@ -2446,8 +2486,10 @@ class Chat:
             raise Refused(413, f"A recording may have {self.settings.max_attachment_bytes:,} bytes")
         try:
             audio = base64.b64decode(audio_base64, validate=True)
-        except binascii.Error:
+        except ValueError:  # binascii.Error, and what is not ASCII
             raise Refused(400, "params.audio_base64: not base64") from None
+        if len(audio) > self.settings.max_attachment_bytes:
+            raise Refused(413, f"A recording may have {self.settings.max_attachment_bytes:,} bytes")
         try:
             return await self._transcribe(audio, mime_type.split(";")[0].strip().lower())
         except Exception as error:
@@ -2952,10 +2994,10 @@ def _without_none(event: Row) -> Row:
 async def answer_chatkit(chat: Chat, caller: Caller, body: Row, base: str) -> Response:
     """One request of the protocol; `base` is the app's own URL. Raises Refused."""
     operation = body["type"]
-    if operation not in OPERATIONS:
+    if not isinstance(operation, str) or operation not in OPERATIONS:
         raise Refused(400, f"Unknown type {str(operation)[:100]!r}")
     try:
-        params: Any = OPERATIONS[operation].model_validate(body.get("params") or {})
+        params: Any = OPERATIONS[operation].model_validate(body.get("params", {}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("params", *first["loc"])))
@@ -3051,7 +3093,6 @@ async def rename(chat: Chat, user_id: str, conversation_id: int, title: object) 
 KEEP_ALIVE = 15.0  # seconds of silence after which a comment keeps proxies from closing a stream
 COALESCE = 0.008  # seconds between two chunks of a stream that flows: nobody sees it, and a hundred streams feel it
 MAX_BODY = 1024 * 1024  # bytes
-MAX_DEPTH = 64  # of nested JSON
 
 
 class EventStream(Response):
@@ -3190,13 +3231,9 @@ async def read_json(request: Request, audio_limit: int = MAX_BODY) -> Row:
         raise Refused(400, "Invalid JSON") from None
     if not isinstance(value, dict):
         raise Refused(400, "Invalid JSON")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        containers = (part for part in level if isinstance(part, (dict, list)))
-        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
-        if not level:
-            return value
-    raise Refused(400, f"The JSON is nested more than {MAX_DEPTH} levels deep")
+    if not is_shallow(value):
+        raise Refused(400, f"The JSON is nested more than {MAX_DEPTH} levels deep")
+    return value
 
 
 class Gate:
