@@ -8,26 +8,40 @@ fail instead where CHATKIT_TEST_ALL=1.
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import base64
 import contextlib
+import copy
+import functools
 import importlib
+import importlib.util
 import json
 import os
+import random
+import re
+import select
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from agents import Agent, Model, ModelResponse, RunContextWrapper, Usage, function_tool
+from agents.models.default_models import get_default_model
 from fastapi import FastAPI
 from openai.types.responses import (
     Response,
@@ -144,7 +158,8 @@ class Script(Model):
         self.seen.append(list(input) if isinstance(input, list) else [{"role": "user", "content": input}])
         self.settings.append(model_settings)
         steps = self.responses[min(len(self.seen), len(self.responses)) - 1]
-        text, output = "", []
+        text = ""
+        output: list[Any] = []
         for number, step in enumerate(steps):
             if isinstance(step, BaseException):
                 raise step
@@ -360,6 +375,12 @@ class Process:
 
 
 # ============================================================================================================ Start
+
+
+def our_threads() -> int:
+    """How many threads of servers and of databases there are."""
+    names = [thread.name for thread in threading.enumerate()]
+    return len([name for name in names if "chatkit" in name or "_connection_worker_thread" in name])
 
 
 def free_port() -> int:
@@ -620,10 +641,13 @@ def test_readers_join_from_the_start_or_after_an_id_and_see_the_same() -> None:
         first = pool.submit(client.send_message, "hi")
         assert wait.reached.wait(DEADLINE)
 
+        joined = threading.Semaphore(0)
+
         def join(last_event_id: str | None = None) -> list[dict[str, Any]]:
             headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
             with client.stream("GET", "/api/conversations/1/stream", headers=headers) as response:
                 assert response.status_code == 200
+                joined.release()
                 return list(plain_events(response))
 
         whole = pool.submit(join)
@@ -631,6 +655,7 @@ def test_readers_join_from_the_start_or_after_an_id_and_see_the_same() -> None:
             seen = [next(events) for events in [plain_events(response)] for _ in range(3)]
         rest = pool.submit(join, seen[-1]["_id"])
         foreign = [pool.submit(join, wrong) for wrong in ("nonsense", "0-1", seen[0]["_id"].replace("-1", "-99"), "")]
+        assert all(joined.acquire(timeout=DEADLINE) for _ in range(6))
         wait.gate.set()
         everything = first.result(DEADLINE)
         assert said(everything) == "one two three"
@@ -1003,9 +1028,9 @@ def test_the_app_works_mounted_in_another_one(tmp_path: Path) -> None:
             assert (await client.get("/assistant/")).status_code == 200
             assert (await client.get("/assistant/health")).json()["status"] == "healthy"
 
-    threads = threading.active_count()
+    threads = our_threads()
     asyncio.run(visit())
-    assert threading.active_count() <= threads
+    assert until(lambda: our_threads() == threads)
     assert not (tmp_path / "chat.db-wal").exists()  # which a connection that was closed leaves behind no more
 
 
@@ -1039,7 +1064,7 @@ def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
         with Client(base_url=server.url) as client:
             return said(client.send_message("x"))
 
-    threads = threading.active_count()
+    threads = our_threads()
     first, second = serve("one"), serve("two")
     assert (ask(first), ask(second)) == ("one", "two")
     first.stop()
@@ -1048,7 +1073,7 @@ def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
     again.stop()
     second.stop()
     second.stop()
-    assert threading.active_count() <= threads
+    assert until(lambda: our_threads() == threads)
 
 
 def test_the_cells_of_the_readme_run_in_a_kernel(tmp_path: Path) -> None:
@@ -1110,3 +1135,2419 @@ async def test_what_was_being_written_at_a_crash_is_marked(tmp_path: Path) -> No
     async with ck.Store(tmp_path / "chat.db") as store:
         rows = await store.messages("ann", conversation["id"])
         assert [(row["content"], row["status"]) for row in rows] == [("hello", "done"), ("half", "interrupted")]
+
+
+# ================================================================================================ a provider to talk to
+# A server on loopback that speaks as OpenAI (both APIs) and Gemini do, says what a test wants, and remembers what it
+# was asked. So what is tested is all between two real sockets: the dialects, the app, the SDK, the provider's client.
+
+KEY = "the-key-that-nobody-may-see"
+USAGE = {"input_tokens": 7, "output_tokens": 5}  # of every answer
+
+
+class Refuse(Think):
+    """A step of a provider's answer: a delta of a refusal."""
+
+
+class Status:
+    """The whole of a provider's answer: an HTTP error, which quotes the request's headers as some proxies do."""
+
+    def __init__(self, code: int, **headers: str) -> None:
+        self.code = code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Raw:
+    """A step of a provider's answer: these bytes, whatever they mean."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class Reset:
+    """A step of a provider's answer: the connection breaks."""
+
+
+class End:
+    """The last step of a provider's answer, where it is not the usual one: why it ends, as the API calls it."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def pieces(text: str) -> list[str]:
+    return [text[start : start + 7] for start in range(0, len(text), 7)]
+
+
+def chat_completion(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
+    """Steps as `chat.completion.chunk`s; what is not of the protocol comes through as it is."""
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
+        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+        return {**head, "choices": choices, **fields}
+
+    calls, reason = 0, "stop"
+    yield chunk({"role": "assistant", "content": ""})
+    for step in steps:
+        if isinstance(step, str):
+            yield chunk({"content": step})
+        elif isinstance(step, Refuse):
+            yield chunk({"refusal": step.text})
+        elif isinstance(step, Think):
+            yield chunk({"reasoning_content": step.text})
+        elif isinstance(step, Call):
+            start = {"index": calls, "id": step.call_id or f"call_{calls}", "type": "function"}
+            yield chunk({"tool_calls": [{**start, "function": {"name": step.name, "arguments": ""}}]})
+            for piece in pieces(step.arguments):
+                yield chunk({"tool_calls": [{"index": calls, "function": {"arguments": piece}}]})
+            calls, reason = calls + 1, "tool_calls"
+        elif isinstance(step, End):
+            reason = step.reason
+        else:
+            yield step
+    yield chunk({}, reason)
+    if body.get("stream_options", {}).get("include_usage"):
+        usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+        yield chunk({}, choices=[], usage=usage)
+    yield Raw(b"data: [DONE]\n\n")
+
+
+def responses_api(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
+    """Steps as the events of OpenAI's Responses API."""
+    output: list[dict[str, Any]] = []
+    response = {"id": "resp_1", "object": "response", "created_at": 1, "model": body["model"], "output": output}
+    response |= {"status": "in_progress", "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+    number = 0
+
+    def event(kind: str, **fields: Any) -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        return {"type": f"response.{kind}", "sequence_number": number, **fields}
+
+    def item(kind: str, deltas: list[Any], entry: dict[str, Any]) -> Iterator[Any]:
+        """An output item from its beginning to its end; `deltas` may have other steps among them."""
+        where = {"item_id": entry["id"], "output_index": len(output)}
+        text = "".join(delta for delta in deltas if isinstance(delta, str))
+        part: dict[str, Any] = {}
+        if kind == "output_text":
+            part, where["content_index"] = {"type": kind, "text": text, "annotations": [], "logprobs": []}, 0
+        elif kind == "refusal":
+            part, where["content_index"] = {"type": kind, "refusal": text}, 0
+        elif kind == "reasoning_summary_text":
+            part, where["summary_index"] = {"type": "summary_text", "text": text}, 0
+        empty = {**part, "text" if "text" in part else "refusal": ""}
+        part_event = "reasoning_summary_part" if "summary_index" in where else "content_part"
+        start = {**entry, "status": "in_progress", **({"arguments": ""} if "arguments" in entry else {})}
+        yield event("output_item.added", item=start, output_index=len(output))
+        if part:
+            yield event(f"{part_event}.added", part=empty, **where)
+        for delta in deltas:
+            logprobs: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+            yield event(f"{kind}.delta", delta=delta, **where, **logprobs) if isinstance(delta, str) else delta
+        extra = {"arguments": text} if "arguments" in entry else {"refusal" if kind == "refusal" else "text": text}
+        yield event(f"{kind}.done", **where, **extra)
+        if part:
+            yield event(f"{part_event}.done", part=part, **where)
+            entry = {**entry, "summary" if "summary_index" in where else "content": [part]}
+        output.append({**entry, "status": "completed"})
+        yield event("output_item.done", item=output[-1], output_index=len(output) - 1)
+
+    yield event("created", response=response)
+    yield event("in_progress", response=response)
+    items: list[list[Any]] = []  # the steps of each
+    for step in steps:
+        begins = isinstance(step, (str, Think, Call, End))
+        if items and (not begins or type(step) is type(items[-1][0]) is not Call):
+            items[-1].append(step)
+        else:
+            items.append([step])
+    kinds_of_text = {str: "output_text", Refuse: "refusal", Think: "reasoning_summary_text"}
+    end = "completed"
+    for first, *rest in items:
+        if isinstance(first, Call):
+            entry: dict[str, Any] = {"type": "function_call", "id": f"fc_{len(output)}", "name": first.name}
+            entry |= {"arguments": first.arguments, "call_id": first.call_id or f"call_{len(output)}"}
+            yield from item("function_call_arguments", pieces(first.arguments), entry)
+            yield from rest
+        elif isinstance(first, End):
+            end = first.reason
+        elif type(first) in kinds_of_text:
+            entry = {"type": "message", "id": f"msg_{len(output)}", "role": "assistant", "content": []}
+            if type(first) is Think:
+                entry = {"type": "reasoning", "id": f"rs_{len(output)}", "summary": []}
+            deltas = [step.text if isinstance(step, Think) else step for step in (first, *rest)]
+            yield from item(kinds_of_text[type(first)], deltas, entry)
+        else:
+            yield from (first, *rest)
+    details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    usage = {**USAGE, "total_tokens": 12, **details}
+    error = {"code": "server_error", "message": f"{KEY} broke"} if end == "failed" else None
+    yield event(end, response={**response, "status": end, "usage": usage, "error": error})
+
+
+def gemini(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
+    """Steps as what `streamGenerateContent?alt=sse` sends."""
+
+    def chunk(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        candidate = {"content": {"parts": list(parts), "role": "model"}, "index": 0, **fields}
+        usage = {"promptTokenCount": 7, "candidatesTokenCount": 5, "totalTokenCount": 12}
+        head = {"modelVersion": "gemini-2.5-flash", "responseId": "r1"}
+        return {"candidates": [candidate], **head, **({"usageMetadata": usage} if fields else {})}
+
+    reason = "STOP"
+    for step in steps:
+        if isinstance(step, str):
+            yield chunk({"text": step})
+        elif isinstance(step, Refuse):
+            reason = "SAFETY"
+        elif isinstance(step, Think):
+            yield chunk({"text": step.text, "thought": True})
+        elif isinstance(step, Call):  # whole; its call_id, which Gemini has not, is the signature here
+            call = {"functionCall": {"name": step.name, "args": json.loads(step.arguments)}}
+            yield chunk({**call, "thoughtSignature": step.call_id} if step.call_id else call)
+        elif isinstance(step, End):
+            reason = step.reason
+        else:
+            yield step
+    yield chunk({"text": ""}, finishReason=reason)
+
+
+class Provider(ThreadingHTTPServer):
+    """Gives its answers one after the other, the last for ever. `requests` is what came: path, headers, JSON body."""
+
+    daemon_threads = True
+
+    def __init__(self, *answers: list[Any]) -> None:
+        super().__init__(("127.0.0.1", 0), ProviderHandler)
+        self.answers = list(answers)
+        self.requests: list[dict[str, Any]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> Provider:
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def says(self, *answers: list[Any]) -> None:
+        """From now on."""
+        self.answers, self.requests = list(answers), []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is what some tests are about."""
+
+
+class ProviderHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Provider
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not a word."""
+
+    def do_POST(self) -> None:
+        provider = self.server
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        path = self.path.removeprefix("http://api.openai.com")
+        provider.requests.append({"path": path, "headers": dict(self.headers), "body": body})
+        steps = provider.answers[min(len(provider.requests), len(provider.answers)) - 1]
+        if isinstance(steps[0], Status):
+            return self.refuse(steps[0])
+        if isinstance(steps[0], Reset):
+            return self.reset()
+        while isinstance(steps[0], Wait):
+            if not self.wait(steps[0]):
+                return None
+            steps = steps[1:]
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        speak = chat_completion if path == "/v1/chat/completions" else responses_api
+        speak = gemini if path.endswith(":streamGenerateContent?alt=sse") else speak
+        for step in speak(steps, body):
+            if isinstance(step, Reset):
+                return self.reset()
+            if isinstance(step, Wait):
+                if not self.wait(step):
+                    return None
+                continue
+            name = f"event: {step['type']}\n" if speak is responses_api and isinstance(step, dict) else ""
+            data = step.data if isinstance(step, Raw) else f"{name}data: {json.dumps(step)}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.write(b"0\r\n\r\n")
+        return None
+
+    def refuse(self, status: Status) -> None:
+        echo = json.dumps({"error": {"code": status.code, "message": f"No. You sent:\n{self.headers}", "status": "X"}})
+        self.send_response(status.code)
+        for name, value in {"content-type": "application/json", **status.headers}.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(echo)))
+        self.end_headers()
+        self.wfile.write(echo.encode())
+
+    def reset(self) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
+
+    def wait(self, step: Wait) -> bool:
+        """Whether the client is still there when the gate opens."""
+        step.reached.set()
+        while not step.gate.is_set():
+            if select.select([self.connection], [], [], 0.005)[0]:
+                step.left.set()
+                self.close_connection = True
+                return False
+        return True
+
+
+PROTOCOLS = ("chat", "responses", "gemini")
+
+
+def pointing_at(provider: Provider, protocol: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The settings and the environment with which the app talks to a provider in one of the protocols.
+
+    The Responses API is spoken to api.openai.com only, so there the provider is the proxy on the way.
+    """
+    if protocol == "gemini":
+        settings = {"model": "gemini/gemini-2.5-flash", "gemini_api_key": KEY}
+        return settings, {"GEMINI_API_BASE": provider.url + "/v1beta"}
+    settings = {"model": "gpt-x", "openai_api_key": KEY, "openai_base_url": provider.url + "/v1"}
+    if protocol == "chat":
+        return settings, {}
+    proxy = {"http_proxy": provider.url, "no_proxy": "127.0.0.1,localhost"}
+    return {**settings, "openai_base_url": "http://api.openai.com/v1"}, proxy
+
+
+@contextlib.contextmanager
+def talking_to(
+    protocol: str, *answers: list[Any], agent: Agent[Any] | None = None, **settings: Any
+) -> Iterator[tuple[Client, Provider]]:
+    """The app, of which a client comes back, with a provider behind it."""
+    with Provider(*answers) as provider, pytest.MonkeyPatch.context() as patch:
+        pointing, env = pointing_at(provider, protocol)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        # The client's own pauses before it tries again are for real providers.
+        patch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+        with serving(agent, **{**pointing, **settings}) as client:
+            yield client, provider
+
+
+@function_tool
+async def raising() -> str:
+    """Fails."""
+    raise RuntimeError(f"with {KEY} in its text")
+
+
+@function_tool
+async def hanging() -> str:
+    """Never comes back."""
+    await asyncio.Event().wait()
+    return ""
+
+
+@pytest.fixture(scope="module", params=PROTOCOLS)
+def line(request: pytest.FixtureRequest) -> Iterator[tuple[str, Client, Provider]]:
+    """One app and one provider for all tests of a protocol: starting them takes longer than what most tests do."""
+    agent = ck.todo_agent()
+    agent.tools += [raising]
+    with talking_to(request.param, [], agent=agent) as (client, provider):
+        yield request.param, client, provider
+
+
+Shown = list[tuple[str, ...]]
+
+
+def provider_was_shown(request: dict[str, Any]) -> Shown:
+    """What the model was shown, in any of the protocols: ("user", text), ("call", id, name), ("output", id) and so on.
+
+    Where Gemini has no id, the signature stands in a call, and nothing in an output.
+    """
+    body = request["body"]
+    items: Shown = []
+    for entry in body.get("input") or body.get("messages") or body.get("contents"):
+        role = entry.get("role", "")
+        if entry.get("type") == "function_call":
+            items.append(("call", entry["call_id"], entry["name"]))
+        elif entry.get("type") == "function_call_output":
+            items.append(("output", entry["call_id"]))
+        elif role == "tool":
+            items.append(("output", entry["tool_call_id"]))
+        elif entry.get("tool_calls"):
+            items += [("call", call["id"], call["function"]["name"]) for call in entry["tool_calls"]]
+        elif role not in ("system", "developer"):
+            content: Any = entry.get("parts") or entry["content"]
+            parts: list[Any] = [{"text": content}] if isinstance(content, str) else content
+            for part in parts:
+                if "function_call" in part:
+                    items.append(("call", part.get("thoughtSignature", ""), part["function_call"]["name"]))
+                elif "function_response" in part:
+                    items.append(("output", ""))
+                else:
+                    items.append(({"model": "assistant"}.get(role, role), part["text"]))
+    return items
+
+
+# ---- what each of them says arrives, and what each is told is right
+
+Line = tuple[str, Client, Provider]
+
+
+def test_a_providers_deltas_arrive_as_they_come(line: Line) -> None:
+    _, client, provider = line
+    pause = Wait()
+    provider.says([Think("Hm"), Think("m."), "Hel", pause, "lo", "."])
+    events = []
+    with client.stream("POST", "/chatkit", json={"message": "hi"}) as response:
+        for event in plain_events(response):
+            events.append(event)
+            if event["type"] == "text" and not pause.gate.is_set():
+                assert event["content"] == "Hel" and pause.reached.wait(DEADLINE)
+                pause.gate.set()
+    assert kinds(events) == ["thread", "thinking", "text", "done"]
+    assert [event["content"] for event in events if event["type"] == "text"] == ["Hel", "lo", "."]
+    assert [event["content"] for event in events if event["type"] == "thinking"] == ["", "Hm", "m."]
+    assert events[-1]["status"] == "completed" and events[-1]["usage"] == USAGE
+
+
+def test_a_providers_tool_calls_run_and_go_back_to_it_as_they_were(line: Line) -> None:
+    protocol, client, provider = line
+    ids = ["call_" + "c2lnbmVk" * 250, "call_2"]
+    calls = [Call("add_task", {"title": title}, each) for title, each in zip(("milk", "eggs"), ids, strict=True)]
+    provider.says(calls, ["Both ", "are in."], ["Yes."])
+    events = client.send_message("add milk and eggs")
+    client.send_message("sure?", events[0]["thread_id"])
+    made, given = ([event for event in events if event["type"] == kind] for kind in ("tool_call", "tool_result"))
+    assert [event["args"]["title"] for event in made] == [event["result"]["title"] for event in given]
+    assert [event["args"] for event in made] == [{"title": "milk"}, {"title": "eggs"}]
+    assert [event["id"] for event in made] == [event["id"] for event in given]
+    assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
+    assert said(events) == "Both are in."
+    assert events[-1]["usage"] == {name: 2 * count for name, count in USAGE.items()}
+    _, within, after = map(provider_was_shown, provider.requests)
+    answered: Shown = [*(("call", each, "add_task") for each in ids), *(("output", each) for each in ids)]
+    earlier = answered
+    if protocol == "gemini":  # the SDK puts each output behind its call, and sends signatures within the turn only
+        answered = [answered[0], ("output", ""), answered[1], ("output", "")]
+        earlier = [("call", "", "add_task"), ("output", "")] * 2
+    assert within == [("user", "add milk and eggs"), *answered]
+    assert after == [("user", "add milk and eggs"), *earlier, ("assistant", "Both are in."), ("user", "sure?")]
+
+
+def test_each_message_has_an_id_of_its_own_whatever_the_provider_calls_it(line: Line) -> None:
+    _, client, provider = line
+    provider.says([Think("Hm."), "First. ", "And so on."])
+    done = client.send_message("hi")[-1]
+    ids = [done["message_id"]]
+    ids += [client.send_message("on", done["thread_id"])[-1]["message_id"] for _ in range(4)]
+    assert len(set(ids)) == 5
+    thread = None
+    for _ in range(5):
+        if thread is None:
+            events = client.operate("threads.create", input=user_input("hi"))
+            thread = events[0]["thread"]["id"]
+        else:
+            events = client.operate("threads.add_user_message", input=user_input("hi"), thread_id=thread)
+        ids += [int(event["item"]["id"]) for event in events if event["type"] == "thread.item.done"]
+    assert len(set(ids)) == len(ids) == 5 + 5 * 3  # a user's message, a thought and an answer each
+
+
+def test_a_providers_reasoning_is_a_workflow_in_chatkit(line: Line) -> None:
+    _, client, provider = line
+    provider.says([Think("Hm"), Think("m."), "Yes."])
+    events = client.operate("threads.create", input=user_input("hi"))
+    items = [event["item"] for event in events if event["type"] == "thread.item.done"]
+    assert [item["type"] for item in items] == ["user_message", "workflow", "assistant_message"]
+    assert [task["content"] for task in items[1]["workflow"]["tasks"]] == ["Hmm."]
+
+
+# ---- stopping
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before it speaks", "while it speaks"])
+@pytest.mark.parametrize("way", ["cancel", "leave"])
+def test_stopping_closes_the_providers_connection(line: Line, way: str, early: bool) -> None:
+    _, client, provider = line
+    pause = Wait()
+    provider.says([pause, "never"] if early else ["Half", pause, "never"], ["Well."])
+    body = {"type": "threads.create", "params": {"input": user_input("hi")}}
+    with client.stream("POST", "/chatkit", json=body) as response:
+        thread, chunks = int(response.headers["x-thread-id"]), response.iter_text()
+        if not early:
+            until(lambda: "Half" in next(chunks))
+        assert pause.reached.wait(DEADLINE)
+        if way == "cancel":
+            assert client.post(f"/api/conversations/{thread}/cancel").json() == {"status": "cancelled"}
+    assert pause.left.wait(1)
+    until(lambda: client.post(f"/api/conversations/{thread}/cancel").status_code == 409)
+    texts = [(row["content"], row["status"]) for row in client.messages(thread) if row["role"] == "assistant"]
+    assert texts == ([] if early else [("Half", "cancelled")])
+    assert said(client.send_message("go on", thread)) == "Well."
+    told = json.dumps(provider.requests[1]["body"])
+    assert ("Half" in told) != early
+    assert told.rindex("hi" if early else "Half") < told.index(ck.STOPPED) < told.index("go on")
+
+
+# ---- failing
+
+OOPS = Raw(b"data: {oops\n\n")
+SOON = {"retry_after_ms": "1"}
+KEY_REJECTED, REFUSED, REFUSAL = ("key_rejected", False), ("refused", False), ("refusal", False)
+RATE_LIMITED, UNREACHABLE = ("rate_limited", True), ("unreachable", True)
+BAD_ANSWER, EMPTY, NOT_FOUND = ("bad_answer", True), ("empty", True), ("model_not_found", False)
+
+# What the provider does; the error's code and whether to try again is worth it; what was said until then. What Gemini
+# does differently, because of LiteLLM, stands in the next table.
+FAILURES: dict[str, tuple[list[Any], tuple[str, bool], str]] = {
+    "401": ([Status(401)], KEY_REJECTED, ""),
+    "402": ([Status(402)], RATE_LIMITED, ""),
+    "403": ([Status(403)], KEY_REJECTED, ""),
+    "404": ([Status(404)], NOT_FOUND, ""),
+    "400": ([Status(400)], REFUSED, ""),
+    "413": ([Status(413)], REFUSED, ""),
+    "429": ([Status(429, **SOON)], RATE_LIMITED, ""),
+    "429, and a long wait": ([Status(429, retry_after="30")], RATE_LIMITED, ""),
+    "500": ([Status(500, **SOON)], UNREACHABLE, ""),
+    "503": ([Status(503, **SOON)], UNREACHABLE, ""),
+    "503, and a long wait": ([Status(503, retry_after="Wed, 21 Oct 2065 07:28:00 GMT")], UNREACHABLE, ""),
+    "reset": ([Reset()], UNREACHABLE, ""),
+    "reset in the middle": (["Half ", Reset()], UNREACHABLE, "Half "),
+    "not JSON": ([OOPS], BAD_ANSWER, ""),
+    "not JSON in the middle": ([*"a long half", OOPS], BAD_ANSWER, "a long half"),
+    "no content": ([""], EMPTY, ""),
+    "no room for content": ([End("length")], BAD_ANSWER, ""),
+    "refusal": ([Refuse("I can't "), Refuse("do that.")], REFUSAL, "I can't do that."),
+    "refusal in the middle": (["Well, ", Refuse("no.")], REFUSAL, "Well, no."),
+    "a call id twice": ([Call("add_task", {"title": each}, "same") for each in "ab"], BAD_ANSWER, ""),
+}
+FAILURES_OF_GEMINI: dict[str, tuple[list[Any], tuple[str, bool], str] | None] = {
+    "402": ([Status(402)], UNREACHABLE, ""),
+    "413": ([Status(413)], UNREACHABLE, ""),
+    "not JSON": ([OOPS], UNREACHABLE, ""),
+    "not JSON in the middle": ([*"a long half", OOPS], UNREACHABLE, "a long half"),
+    "no room for content": ([End("MAX_TOKENS")], EMPTY, ""),
+    "refusal": ([Refuse("")], REFUSAL, "Response withheld by the provider's content filter."),
+    **dict.fromkeys(["refusal in the middle", "a call id twice"]),
+}
+SAFE_TEXTS = re.compile(r"The (model|answer|connection)[A-Za-z' ,:.]+")
+
+
+@pytest.mark.parametrize(
+    ("failure", "dialect"),
+    [*((failure, "plain") for failure in FAILURES), *((failure, "chatkit") for failure in ("401", "503", "refusal"))],
+)
+def test_a_provider_that_fails_is_explained_and_the_next_message_works(line: Line, failure: str, dialect: str) -> None:
+    protocol, client, provider = line
+    case = FAILURES_OF_GEMINI.get(failure, FAILURES[failure]) if protocol == "gemini" else FAILURES[failure]
+    if case is None:
+        pytest.skip("Gemini has no such thing")
+    steps, (code, allow_retry), kept = case
+    provider.says(steps)
+    if dialect == "plain":
+        events = client.send_message("hi")
+        thread, error = events[0]["thread_id"], events[-2]
+        assert error["code"] == code and events[-1]["status"] == "failed" and said(events) == kept
+    else:
+        events = client.operate("threads.create", input=user_input("hi"))
+        thread, error = int(events[0]["thread"]["id"]), events[-1]
+        assert error["code"] == "custom"
+    assert error["type"] == "error" and error["allow_retry"] == allow_retry
+    assert SAFE_TEXTS.fullmatch(error["message"])
+    rows = client.messages(thread)
+    assert "".join(row["content"] for row in rows if row["role"] == "assistant") == kept
+    assert not [row for row in rows if row["status"] == "streaming"]
+    assert KEY not in json.dumps([events, rows])
+    provider.says(["Next."])
+    assert said(client.send_message("again", thread)) == "Next."
+    told = provider_was_shown(provider.requests[0])
+    assert told[0] == ("user", "hi") and told[-1] == ("user", "again")
+    assert ("".join(item[1] for item in told if item[0] == "assistant")) == kept
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (Call("no_such_tool"), "Tool 'no_such_tool' not found."),
+        (Call("add_task", '{"title": "mi'), {"error": "These arguments do not fit the parameters of add_task."}),
+        (Call("add_task", {"titel": "milk"}), {"error": "These arguments do not fit the parameters of add_task."}),
+        (Call("raising"), {"error": "The tool raising failed."}),
+    ],
+    ids=["unknown", "arguments are not JSON", "arguments do not fit", "it raises"],
+)
+def test_a_tool_call_that_fails_is_told_to_the_model_which_goes_on(line: Line, call: Call, result: Any) -> None:
+    protocol, client, provider = line
+    if protocol == "gemini" and not call.arguments.endswith("}"):
+        pytest.skip("Gemini sends arguments as an object")
+    provider.says([call], ["Sorry."])
+    events = client.send_message("hi")
+    assert [event["result"] for event in events if event["type"] == "tool_result"] == [result]
+    assert said(events) == "Sorry." and events[-1]["status"] == "completed" and KEY not in json.dumps(events)
+    assert [item[0] for item in provider_was_shown(provider.requests[1])] == ["user", "call", "output"]
+    provider.says(["Next."])
+    assert said(client.send_message("again", events[0]["thread_id"])) == "Next."
+
+
+@pytest.mark.parametrize(
+    ("protocol", "answer", "kept"),
+    [
+        ("chat", [Wait()], ""),
+        *((protocol, ["Half ", Wait()], "Half ") for protocol in PROTOCOLS),
+        ("chat", ["I'll ask.", Call("hanging")], "I'll ask."),
+    ],
+    ids=["before it speaks", *PROTOCOLS, "a tool that hangs"],
+)
+def test_an_answer_that_stops_dead_times_out(protocol: str, answer: list[Any], kept: str) -> None:
+    agent = Agent(name="Hanging", tools=[hanging])
+    with talking_to(protocol, answer, ["Next."], agent=agent, turn_timeout=0.7) as (client, _):
+        events = client.send_message("hi")
+        assert (events[-2]["code"], events[-2]["allow_retry"], said(events)) == ("timeout", True, kept)
+        rows = [row for row in client.messages(1) if row["role"] != "user"]
+        assert "".join(row["content"] for row in rows) == kept
+        assert not rows or rows[-1]["status"] == "failed"
+        assert said(client.send_message("again", 1)) == "Next."
+
+
+@pytest.mark.parametrize("protocol", ["chat", "gemini"])
+def test_a_provider_that_is_not_there_is_unreachable(protocol: str) -> None:
+    with talking_to(protocol, ["Never."]) as (client, provider):
+        provider.shutdown()
+        provider.server_close()
+        assert [event["code"] for event in client.send_message("hi") if event["type"] == "error"] == ["unreachable"]
+
+
+# ---- what leaves the machine, and what the log says
+
+
+def env_of(settings: dict[str, str]) -> dict[str, str]:
+    return {ck.Settings.env_name(name): value for name, value in settings.items()}
+
+
+def test_no_key_that_a_provider_quotes_comes_into_the_log(tmp_path: Path) -> None:
+    answers: list[list[Any]] = [[Status(401)], ["Half ", Raw(b"data: " + KEY.encode() + b"\n\n")], [""]]
+    with Provider() as provider:
+        (settings, _), (others, env) = (pointing_at(provider, protocol) for protocol in ("chat", "gemini"))
+        env |= env_of(others) | env_of(settings) | {"CHATKIT_MODELS": others["model"], "CHATKIT_LOG_LEVEL": "debug"}
+        with Process("--database", ":memory:", cwd=tmp_path, env=env) as process, process.client() as client:
+            told = []
+            for model in (settings["model"], others["model"]):
+                for answer in answers:
+                    provider.says(answer)
+                    told += client.send_message("hi", model=model)
+            process.stop(signal.SIGTERM)
+            assert process.process.stdout is not None
+            printed = "\n".join([*process.lines, process.process.stdout.read(), process.log_file.read_text()])
+    assert [event["status"] for event in told if event["type"] == "done"] == ["failed"] * 6
+    assert printed.count("the turn failed") == 6 and "[secret]" in printed
+    assert KEY not in printed and KEY not in json.dumps(told)
+
+
+WHO_IS_CALLED = """
+import atexit, os, sys
+
+called = []
+def note(event, arguments):
+    if event == "socket.getaddrinfo":
+        called.append(arguments[:2])
+    elif event == "socket.connect":
+        called.append(arguments[1][:2])
+sys.addaudithook(note)
+atexit.register(lambda: print(called))  # registered first, it runs last
+
+import asyncio
+import chatkit_server as ck
+
+async def ask(model):
+    async with ck.Store(":memory:") as store:
+        settings = ck.Settings.from_env(model=model)
+        async for event in ck.stream_agent("hi", store=store, settings=settings):
+            print(event, file=sys.stderr)
+
+asyncio.run(ask("gpt-x"))
+assert "litellm" not in sys.modules
+asyncio.run(ask("gemini/gemini-2.5-flash"))
+assert "litellm" in sys.modules
+"""
+
+
+def test_only_the_provider_is_called_and_litellm_is_imported_when_it_is_needed(tmp_path: Path) -> None:
+    call = [Call("add_task", {"title": "milk"})]
+    with Provider(call, ["One."], call, ["Two."]) as provider:
+        (settings, _), (others, env) = (pointing_at(provider, protocol) for protocol in ("chat", "gemini"))
+        env = {**CLEAN_ENV, **env, **env_of(others), **env_of(settings)}
+        command = [sys.executable, "-c", WHO_IS_CALLED]
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "'One.'" in result.stderr and "'Two.'" in result.stderr, result.stderr
+    assert len(provider.requests) == 4
+    assert set(ast.literal_eval(result.stdout)) == {("127.0.0.1", provider.server_port)}
+
+
+# ---- choosing a model
+
+
+@pytest.mark.parametrize(
+    ("env", "model", "kind"),
+    [
+        ({"CHATKIT_MODEL": "demo", "OPENAI_API_KEY": "k", "GEMINI_API_KEY": "k"}, "demo", "DemoModel"),
+        ({"CHATKIT_MODEL": "ollama_chat/llama3", "OPENAI_API_KEY": "k"}, "ollama_chat/llama3", "LitellmModel"),
+        ({"CHATKIT_MODEL": "anthropic/c", "OPENAI_BASE_URL": "http://x/v1"}, "anthropic/c", "LitellmModel"),
+        ({"CHATKIT_MODEL": "gpt-x", "OPENAI_API_KEY": "k"}, "gpt-x", "OpenAIResponsesModel"),
+        ({"CHATKIT_MODEL": "m", "OPENAI_BASE_URL": "http://localhost:1234/v1"}, "m", "OpenAIChatCompletionsModel"),
+        ({"CHATKIT_MODEL": "m", "OPENAI_BASE_URL": "https://api.openai.com/v1/", "OPENAI_API_KEY": "k"}, "m",
+         "OpenAIResponsesModel"),
+        ({"OPENAI_API_KEY": "k", "GEMINI_API_KEY": "k"}, get_default_model(), "OpenAIResponsesModel"),
+        ({"GEMINI_API_KEY": "k"}, "gemini/gemini-2.5-flash", "LitellmModel"),
+        ({"GEMINI_API_KEY": "k", "GEMINI_MODEL": "gemini-9"}, "gemini/gemini-9", "LitellmModel"),
+        ({"GEMINI_API_KEY": "k", "GEMINI_MODEL": "gemini/gemini-9"}, "gemini/gemini-9", "LitellmModel"),
+        ({"OPENAI_API_KEY": "", "GEMINI_API_KEY": " "}, "demo", "DemoModel"),
+        ({}, "demo", "DemoModel"),
+    ],
+)  # fmt: skip
+def test_the_first_that_is_given_chooses_the_model(
+    env: dict[str, str], model: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    chat = ck.create_app(database=":memory:").state.chat
+    assert (chat.model_name, type(chat.agent.model).__name__) == (model, kind)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("gpt-x", "needs OPENAI_API_KEY"),
+        ("nobody/gpt-x", "LiteLLM knows no provider"),
+        ("/", "LiteLLM knows no provider"),
+    ],
+)
+def test_a_model_that_cannot_work_is_refused_at_the_start(
+    model: str, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ck.main(["--model", model, "--database", ":memory:", "--port", "0"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert model in printed.err and says in printed.err
+
+
+# ============================================================================================= the ChatKit protocol
+# The types of the official SDK are the judge: what `exchange()` sends and gets goes through them, where it is
+# installed. The recorded exchange that some tests compare with is one of its server.
+
+SDK = TEST_ALL or importlib.util.find_spec("chatkit") is not None
+
+
+class InProcess(httpx.BaseTransport):
+    """Has an app answer without a socket, on an event loop that runs while a request does."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.loop = asyncio.new_event_loop()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return self.loop.run_until_complete(self._answer(request))
+
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        response = await httpx.ASGITransport(self.app).handle_async_request(request)
+        return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.app.state.chat.close())
+        self.loop.close()
+
+
+@contextlib.contextmanager
+def in_process(agent: Agent[Any] | None = None, **settings: Any) -> Iterator[Client]:
+    """As `serving()`, without a socket: quicker by 0.2 s, for what is not about sockets."""
+    handlers = {name: settings.pop(name) for name in ("on_action", "transcribe") if name in settings}
+    app = ck.create_app(
+        agent, settings=ck.Settings(**{"database": ":memory:", "model": "demo", **settings}), **handlers
+    )
+    with Client(transport=InProcess(app), base_url="http://testserver") as client:
+        yield client
+
+
+def canonical(value: Any) -> str:
+    """JSON that is equal where the values are: times are compared as times, and 1 is not true."""
+
+    def timed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [timed(child) for child in part]
+        if not isinstance(part, dict):
+            return part
+        return {
+            key: datetime.fromisoformat(child.replace("Z", "+00:00")).timestamp()
+            if key == "created_at"
+            else timed(child)
+            for key, child in part.items()
+        }
+
+    return json.dumps(timed(value), sort_keys=True)
+
+
+@functools.cache
+def sdk_type(name: str) -> Any:
+    """Reads and writes a type of the SDK; Page[...] too."""
+    from pydantic import TypeAdapter
+
+    types = optional("chatkit.types")
+    page_of = name.removeprefix("Page ")
+    kind = getattr(types, page_of)
+    return TypeAdapter(kind if page_of == name else types.Page[kind])
+
+
+ANSWER_TYPES = {
+    "threads.list": "Page Thread",
+    "threads.get_by_id": "Thread",
+    "threads.update": "Thread",
+    "items.list": "Page ThreadItem",
+    "threads.sync_custom_action": "SyncCustomActionResponse",
+    "attachments.create": "Attachment",
+    "input.transcribe": "TranscriptionResult",
+}
+
+
+def validated(operation: str, answer: Any) -> Any:
+    """An answer, once the SDK's types have read it and written it again unchanged."""
+    if not SDK:
+        return answer
+    if isinstance(answer, list):
+        for event in answer:
+            same("ThreadStreamEvent", event)
+    elif operation in ANSWER_TYPES:
+        same(ANSWER_TYPES[operation], answer)
+    else:
+        assert answer == {}, operation
+    return answer
+
+
+def same(type_name: str, sent: Any) -> None:
+    kind = sdk_type(type_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the SDK prefers templates to its own widget classes
+        again = kind.dump_python(kind.validate_python(sent), mode="json", exclude_none=True)
+    assert canonical(again) == canonical(sent)
+
+
+def exchange(client: Client, operation: str, **params: Any) -> Any:
+    """A request that the SDK's types accept, and its answer, which they accept too."""
+    if SDK:
+        sdk_type("ChatKitReq").validate_python({"type": operation, "params": params})
+    return validated(operation, client.operate(operation, **params))
+
+
+def refused(client: Client, operation: str, **params: Any) -> tuple[int, str]:
+    """The status of a request that must not be granted, and its text."""
+    response = client.post("/chatkit", json={"type": operation, "params": params})
+    assert 400 <= response.status_code < 500, response.text
+    assert list(response.json()) == ["detail"]
+    detail = response.json()["detail"]
+    assert isinstance(detail, str) and detail
+    return response.status_code, detail
+
+
+def create(client: Client, text: str = "hello", **fields: Any) -> str:
+    """Begin a thread; its id."""
+    events = exchange(client, "threads.create", input=user_input(text, **fields))
+    return str(events[0]["thread"]["id"])
+
+
+def send(client: Client, thread_id: str, text: str, **fields: Any) -> list[dict[str, Any]]:
+    events = exchange(client, "threads.add_user_message", thread_id=thread_id, input=user_input(text, **fields))
+    assert isinstance(events, list)
+    return events
+
+
+def items(client: Client, thread_id: str, *types: str) -> list[dict[str, Any]]:
+    """What is in a thread, oldest first; only of some types where those are given."""
+    page = exchange(client, "items.list", thread_id=thread_id, limit=100, order="asc")
+    assert not page["has_more"]
+    return [item for item in page["data"] if not types or item["type"] in types]
+
+
+def texts(client: Client, thread_id: str) -> list[str]:
+    """What the person and the model said."""
+    return [item["content"][0]["text"] for item in items(client, thread_id, "user_message", "assistant_message")]
+
+
+def last_item(events: list[dict[str, Any]]) -> dict[str, Any]:
+    item = [event["item"] for event in events if "item" in event][-1]
+    assert isinstance(item, dict)
+    return item
+
+
+def shape(events: list[dict[str, Any]]) -> list[str]:
+    """Event types; with the type of the update or of the item, where there is one."""
+    return [
+        event["update"]["type"]
+        if "update" in event
+        else " ".join(filter(None, [event["type"], event.get("item", {}).get("type", "")]))
+        for event in events
+    ]
+
+
+CARD = {"type": "Card", "children": [{"id": "t", "type": "Text", "value": "hi"}]}
+CHOICE = {
+    "type": "multiple_choice",
+    "id": "q1",
+    "question": "Which?",
+    "options": [{"value": "a"}, {"value": "b"}],
+    "multiple": False,
+}
+SEVERAL = {**CHOICE, "id": "q2", "question": "Which ones?", "multiple": True}
+OPEN = {"type": "freeform", "id": "q3", "question": "Why?", "description": "In your words"}
+
+
+@function_tool
+async def pick(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
+    """Have the frontend say what is selected."""
+    return wrapper.context.client_tool("get_selection", {"x": 1})
+
+
+@function_tool
+async def survey(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
+    """Ask the person."""
+    return wrapper.context.ask([CHOICE, SEVERAL, OPEN])
+
+
+@function_tool
+async def draw(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+    """Show a card."""
+    return str(await wrapper.context.widget(CARD, copy_text="a card"))
+
+
+@function_tool
+async def bustle(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+    """Say what one is doing."""
+    context = wrapper.context
+    await context.progress("Searching…", icon="search")
+    await context.effect("flash", {"times": 2, "colour": None})
+    await context.notice("warning", "Slow today", title="Mind")
+    context.emit({"type": "thinking", "content": "Nearly there"})
+    return "bustled"
+
+
+@function_tool
+async def locale(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+    """Tell the person's language."""
+    return wrapper.context.locale
+
+
+PROTOCOL_TOOLS: list[Any] = [echo, pick, survey, draw, bustle, locale]
+
+
+def talker(*responses: list[Any]) -> Agent[Any]:
+    """A scripted agent with all the tools above."""
+    return scripted(*responses, tools=PROTOCOL_TOOLS)
+
+
+def seen(agent: Agent[Any], call: int = -1) -> list[Any]:
+    """What the model was given at a call, the last one if none is named."""
+    assert isinstance(agent.model, Script)
+    return agent.model.seen[call]
+
+
+def shown(agent: Agent[Any]) -> str:
+    """All that the model was given at its last call, as text."""
+    return json.dumps(seen(agent), ensure_ascii=False)
+
+
+async def redraw(context: ck.TurnContext, action: dict[str, Any], item: dict[str, Any] | None) -> None:
+    """An action handler: says "changed" on the widget, or what the action asks for."""
+    if action["type"] == "refuse":
+        raise ValueError("no such action")
+    if action["type"] == "break":
+        raise RuntimeError("a bug in the handler")
+    if action["type"] == "bustle":
+        await context.progress("Working")
+        await context.effect("flash")
+        await context.widget(CARD)
+    if item is not None:
+        await context.replace_widget(item["id"], item["extra"]["widget"], copy_text="changed")
+
+
+MODEL_REQUEST: Any = httpx.Request("POST", "http://model")
+FULL: list[list[Any]] = [
+    [Think("Let "), Think("me "), Call("echo", {"text": "x"}), Call("bustle")],
+    ["Echoed."],
+    [Call("pick")],  # completed
+    ["Selected."],
+    [Call("pick")],  # not answered
+    ["Never mind."],
+    [Call("survey")],  # answered
+    ["Thanks."],
+    [Call("survey")],  # skipped
+    ["As you like."],
+    [Call("draw")],
+    ["Drawn."],
+    [openai.APIConnectionError(request=MODEL_REQUEST)],
+    [Call("pick"), Call("survey")],  # both pending
+]
+TAG = {
+    "type": "input_tag",
+    "id": "u1",
+    "text": "Ann",
+    "data": {"team": None, "path": [None, {"deep": None}], "n": 1.0},
+    "group": "People",
+    "interactive": True,
+}
+
+
+def full_thread(client: Client) -> tuple[str, list[dict[str, Any]]]:
+    """A thread with an item of every type in every state, and all the events it took; for `talker(*FULL)`."""
+    content = [{"type": "input_text", "text": "Ask "}, TAG, {"type": "input_text", "text": " about it"}]
+    options = {"tool_choice": {"id": "echo"}}
+    events = exchange(
+        client,
+        "threads.create",
+        input=user_input("", content=content, quoted_text="what\nyou said", inference_options=options),
+    )
+    thread_id = events[0]["thread"]["id"]
+    events += send(client, thread_id, "pick")
+    events += exchange(client, "threads.add_client_tool_output", thread_id=thread_id, result={"selected": [1, None]})
+    events += send(client, thread_id, "pick again")
+    events += send(client, thread_id, "I will not")
+    for answers in (
+        {"status": "answered", "answers": {"q1": {"values": ["a"]}, "q3": {"skipped": True}}},
+        {"status": "skipped", "answers": {}},
+    ):
+        events += send(client, thread_id, "ask me")
+        item_id = items(client, thread_id, "structured_input")[-1]["id"]
+        events += exchange(client, "threads.add_structured_input", thread_id=thread_id, item_id=item_id, input=answers)
+    events += send(client, thread_id, "draw")
+    widget_id = items(client, thread_id, "widget")[0]["id"]
+    target = {"thread_id": thread_id, "item_id": widget_id}
+    for kind in ("toggle", "bustle", "break"):
+        events += exchange(client, "threads.custom_action", **target, action={"type": kind, "payload": {"id": None}})
+    exchange(client, "threads.sync_custom_action", **target, action={"type": "toggle"})
+    events += send(client, thread_id, "fail")
+    events += send(client, thread_id, "pick and ask")
+    return thread_id, events
+
+
+def test_every_event_and_every_item_is_of_the_sdks_types(tmp_path: Path) -> None:
+    optional("chatkit.types")
+    database = str(tmp_path / "chat.db")
+    with in_process(talker(*FULL), database=database, on_action=redraw) as client:
+        thread_id, events = full_thread(client)
+        before = items(client, thread_id)
+        exchange(client, "items.feedback", thread_id=thread_id, item_ids=[before[0]["id"]], kind="negative")
+        exchange(client, "threads.update", thread_id=thread_id, title="Anything")
+        exchange(client, "threads.retry_after_item", thread_id=create(client), item_id=str(int(before[-1]["id"]) + 1))
+        exchange(client, "threads.delete", thread_id=exchange(client, "threads.list")["data"][0]["id"])
+    assert " ".join(sorted({event["type"] for event in events})) == (
+        "client_effect error notice progress_update stream_options "
+        "thread.created thread.item.added thread.item.done thread.item.replaced thread.item.updated"
+    )
+    assert sorted({f"{item['type']} {item.get('status', '')}".strip() for item in before}) == [
+        *("assistant_message", "client_tool_call completed", "client_tool_call pending"),
+        *("structured_input answered", "structured_input pending", "structured_input skipped"),
+        *("task", "user_message", "widget", "workflow"),
+    ]
+    final = {e["item"]["id"]: e["item"] for e in events if e["type"] in ("thread.item.done", "thread.item.replaced")}
+    assert set(final) == {item["id"] for item in before}
+    # That a client tool's call is completed is the one thing that the stream need not say: the frontend knows.
+    assert [final[i["id"]] for i in before if "output" not in i] == [i for i in before if "output" not in i]
+    with in_process(talker(*FULL), database=database) as client:
+        assert items(client, thread_id) == before
+        assert exchange(client, "threads.get_by_id", thread_id=thread_id)["items"]["data"] == before[:20]
+
+
+TOKENS = ["tok ", "tok ", "tok "]
+MESSAGE = ["thread.item.done user_message", "stream_options"]
+ANSWER = [
+    "thread.item.added assistant_message",
+    "assistant_message.content_part.added",
+    *["assistant_message.content_part.text_delta"] * 3,
+    "assistant_message.content_part.done",
+    "thread.item.done assistant_message",
+]
+
+
+def test_the_events_are_those_of_the_recorded_exchange() -> None:
+    agent = talker(
+        *[TOKENS] * 3,  # hello, again, retried
+        [Call("echo", {"text": "x"})],
+        TOKENS,
+        [Call("pick")],
+        TOKENS,
+        [Call("draw")],
+        TOKENS,
+        [Call("survey")],
+        TOKENS,
+        [RuntimeError("boom")],
+    )
+    with in_process(agent, on_action=redraw) as client:
+
+        def exchanged(operation: str, **params: Any) -> list[str]:
+            return shape(exchange(client, operation, **params))
+
+        def message(text: str) -> list[str]:
+            return exchanged("threads.add_user_message", thread_id="1", input=user_input(text))
+
+        def last(kind: str) -> str:
+            return str(items(client, "1", kind)[-1]["id"])
+
+        assert exchanged("threads.create", input=user_input("hello")) == ["thread.created", *MESSAGE, *ANSWER]
+        assert message("again") == [*MESSAGE, *ANSWER]
+        retried = exchanged("threads.retry_after_item", thread_id="1", item_id="1")
+        assert retried == ["stream_options", *ANSWER]
+        assert message("task") == [*MESSAGE, "progress_update", "thread.item.done task", *ANSWER]
+        # The recorded server showed these three without the model's having called a tool; here a tool does it.
+        assert message("clienttool") == [*MESSAGE, "progress_update", "thread.item.done client_tool_call"]
+        output = exchanged("threads.add_client_tool_output", thread_id="1", result={"selected": [1]})
+        assert output == ["stream_options", *ANSWER]
+        drawn = ["progress_update", "thread.item.done widget", "thread.item.done task"]
+        assert message("widget") == [*MESSAGE, *drawn, *ANSWER]
+        action = {"type": "toggle", "payload": {"id": 1}}
+        acted = exchanged("threads.custom_action", thread_id="1", item_id=last("widget"), action=action)
+        assert acted == ["stream_options", "thread.item.replaced widget"]
+        assert message("question") == [*MESSAGE, "progress_update", "thread.item.done structured_input"]
+        answers = {"status": "answered", "answers": {"q1": {"values": ["a"]}}}
+        answered = exchanged(
+            "threads.add_structured_input", thread_id="1", item_id=last("structured_input"), input=answers
+        )
+        assert answered == ["stream_options", "thread.item.replaced structured_input", *ANSWER]
+        assert message("boom") == [*MESSAGE, "error"]
+
+
+def test_the_first_answer_is_the_recorded_one_word_for_word() -> None:
+    def item(number: int, **fields: Any) -> dict[str, Any]:
+        return {"id": f"<{number}>", "thread_id": "<1>", "created_at": "<time>", **fields}
+
+    def part(text: str) -> dict[str, Any]:
+        return {"annotations": [], "text": text, "type": "output_text"}
+
+    def update(kind: str, **fields: Any) -> dict[str, Any]:
+        kind = f"assistant_message.content_part.{kind}"
+        return {"type": "thread.item.updated", "item_id": "<2>", "update": {"type": kind, "content_index": 0, **fields}}
+
+    thread = {
+        "title": "hello",  # the one addition
+        "id": "<1>",
+        "created_at": "<time>",
+        "status": {"type": "active"},
+        "metadata": {},
+        "items": {"data": [], "has_more": False},
+    }
+    words = [{"type": "input_text", "text": "hello"}]
+    mine = item(1, type="user_message", content=words, attachments=[], inference_options={})
+    with in_process(talker(TOKENS)) as client:
+        events = exchange(client, "threads.create", input=user_input("hello"))
+
+    def masked(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: masked(child, key) for key, child in value.items()}
+        if isinstance(value, list):
+            return [masked(child) for child in value]
+        return "<time>" if name == "created_at" else f"<{value}>" if name in ("id", "thread_id", "item_id") else value
+
+    assert masked(events) == [
+        {"type": "thread.created", "thread": thread},
+        {"type": "thread.item.done", "item": mine},
+        {"type": "stream_options", "stream_options": {"allow_cancel": True}},
+        {"type": "thread.item.added", "item": item(2, type="assistant_message", content=[])},
+        update("added", content=part("")),
+        *[update("text_delta", delta="tok ")] * 3,
+        update("done", content=part("tok tok tok ")),
+        {"type": "thread.item.done", "item": item(2, type="assistant_message", content=[part("tok tok tok ")])},
+    ]
+
+
+# ---- ids
+
+
+def test_ids_of_the_stream_are_those_of_the_store() -> None:
+    with in_process(talker(["one"], ["two"])) as client:
+        created, message, _, added, *_ = exchange(client, "threads.create", input=user_input("hello"))
+        thread_id, user_id, answer_id = created["thread"]["id"], message["item"]["id"], added["item"]["id"]
+        assert [item["id"] for item in items(client, thread_id)] == [user_id, answer_id]
+        exchange(client, "items.feedback", thread_id=thread_id, item_ids=[answer_id], kind="positive")
+        again = exchange(client, "threads.retry_after_item", thread_id=thread_id, item_id=user_id)
+        new_id = again[1]["item"]["id"]
+        assert new_id != answer_id and [item["id"] for item in items(client, thread_id)] == [user_id, new_id]
+        assert {event["item_id"] for event in again if "item_id" in event} == {new_id}
+
+
+def test_five_answers_of_a_model_that_gives_one_id_to_all_are_there_after_a_restart(tmp_path: Path) -> None:
+    database = str(tmp_path / "chat.db")
+    with serving(talker(*([f"answer {n}"] for n in range(5))), database=database) as client:
+        thread_id = create(client, "question 0")
+        for n in range(1, 5):
+            send(client, thread_id, f"question {n}")
+    with serving(database=database) as client:
+        assert texts(client, thread_id) == [text for n in range(5) for text in (f"question {n}", f"answer {n}")]
+        assert len({item["id"] for item in items(client, thread_id)}) == 10
+
+
+# ---- one conversation, two dialects
+
+
+def test_a_conversation_goes_on_in_the_other_dialect_and_shows_in_rest() -> None:
+    agent = talker(["one"], ["two"], ["three"])
+    with in_process(agent) as client:
+        thread_id = create(client, "first")
+        assert said(client.send_message("second", thread_id)) == "two"
+        send(client, thread_id, "third")
+        wanted = ["first", "one", "second", "two", "third", "three"]
+        assert texts(client, thread_id) == wanted
+        assert [message["content"] for message in client.messages(int(thread_id))] == wanted
+        assert all(word in shown(agent) for word in ("first", "one", "second", "two", "third"))
+        assert [row["id"] for row in client.get("/api/conversations").json()] == [int(thread_id)]
+
+
+def test_a_conversation_of_the_plain_dialect_opens_in_chatkit() -> None:
+    with in_process(talker([Call("echo", {"text": "x"})], ["done"])) as client:
+        thread_id = str(client.send_message("begin here")[0]["thread_id"])
+        thread = exchange(client, "threads.get_by_id", thread_id=thread_id)
+        assert thread["title"] == "begin here"
+        assert [item["type"] for item in thread["items"]["data"]] == ["user_message", "task", "assistant_message"]
+        exchange(client, "threads.update", thread_id=thread_id, title="Renamed")
+        assert client.get(f"/api/conversations/{thread_id}").json()["title"] == "Renamed"
+        exchange(client, "threads.delete", thread_id=thread_id)
+        assert client.get(f"/api/conversations/{thread_id}").status_code == 404
+
+
+# ---- tools and thoughts
+
+
+def test_a_tool_call_is_progress_while_it_runs_and_a_task_when_it_is_done() -> None:
+    with in_process(talker([Call("echo", {"text": "x"})], ["done"])) as client:
+        events = exchange(client, "threads.create", input=user_input("hello"))
+        assert {"type": "progress_update", "text": "Running echo"} in events
+        task = next(event["item"] for event in events if event.get("item", {}).get("type") == "task")
+        assert task["task"]["title"] == "echo" and task["task"]["status_indicator"] == "complete"
+        assert '"x"' in task["task"]["content"]
+        assert items(client, "1", "task") == [task]
+        assert task in exchange(client, "threads.get_by_id", thread_id="1")["items"]["data"]
+
+
+def test_reasoning_is_a_workflow_whose_thought_grows() -> None:
+    with in_process(talker([Think("Let "), Think("me "), Think("see"), "Done."])) as client:
+        events = exchange(client, "threads.create", input=user_input("hello"))
+        added = next(event["item"] for event in events if event["type"] == "thread.item.added")
+        assert added["workflow"] == {"type": "reasoning", "tasks": [], "expanded": False}
+        updates = [event["update"] for event in events if event.get("item_id") == added["id"]]
+        assert [update["type"] for update in updates] == ["workflow.task.added", *["workflow.task.updated"] * 2]
+        assert [update["task"]["content"] for update in updates] == ["Let ", "Let me ", "Let me see"]
+        final = items(client, "1", "workflow")
+        assert [task["content"] for task in final[0]["workflow"]["tasks"]] == ["Let me see"]
+        assert {"type": "thread.item.done", "item": final[0]} in events
+
+
+def test_progress_effects_and_notices_arrive_while_the_tool_runs() -> None:
+    gate = Wait()
+
+    @function_tool
+    async def slow(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        """Take one's time."""
+        await wrapper.context.progress("Searching…", icon="search")
+        await wrapper.context.effect("flash", {"times": 2})
+        await wrapper.context.notice("info", "Patience")
+        await gate.pass_through()
+        return "found"
+
+    with serving(scripted([Call("slow")], ["done"], tools=[slow])) as client:
+        request = {"type": "threads.create", "params": {"input": user_input("hello")}}
+        with client.stream("POST", "/chatkit", json=request) as response:
+            lines = (line for line in response.iter_lines() if line)
+            early = [json.loads(next(lines)[6:]) for _ in range(7)]
+            assert gate.reached.is_set() and not gate.gate.is_set()
+            gate.gate.set()
+            late = [json.loads(line[6:]) for line in lines]
+    validated("", early + late)
+    assert early[4:] == [
+        {"type": "progress_update", "text": "Searching…", "icon": "search"},
+        {"type": "client_effect", "name": "flash", "data": {"times": 2}},
+        {"type": "notice", "level": "info", "message": "Patience"},
+    ]
+    assert shape(late)[0] == "thread.item.done task"
+
+
+def test_quotes_and_tags_are_kept_returned_and_told_apart_for_the_model() -> None:
+    agent = talker(["ok"])
+    content = [{"type": "input_text", "text": "Ask "}, TAG]
+    with in_process(agent) as client:
+        events = exchange(client, "threads.create", input=user_input("", content=content, quoted_text="some words"))
+        item = events[1]["item"]
+        assert item["content"] == content and item["quoted_text"] == "some words"
+        assert items(client, "1", "user_message") == [item]
+        parts = [part["text"] for part in seen(agent, 0)[0]["content"]]
+        assert parts[-1] == "Ask @Ann"
+        assert "some words" in parts[0] and "quote" in parts[0]
+        assert '"u1"' in parts[1] and '"deep": null' in parts[1]
+        assert events[0]["thread"]["title"] == "Ask @Ann"
+
+
+def test_a_message_may_be_as_long_as_the_limit_however_many_parts_it_has() -> None:
+    halves = [{"type": "input_text", "text": "ü" * 10}] * 2
+    with in_process(talker(["ok"]), max_message_chars=20) as client:
+        create(client, content=halves)
+        assert refused(client, "threads.create", input=user_input("ü" * 21))[0] == 413
+        assert refused(client, "threads.create", input=user_input("ü", content=halves, quoted_text="x"))[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted"), [("de-DE", "de-DE"), ("fr, en;q=0.5", "fr"), ("pt-BR;q=0.9", "pt-BR"), ("", "en")]
+)
+def test_the_locale_reaches_the_tools(header: str, wanted: str) -> None:
+    with in_process(talker([Call("locale")], ["ok"])) as client:
+        client.headers["Accept-Language"] = header
+        create(client)
+        assert items(client, "1", "task")[0]["task"]["content"].endswith(wanted)
+
+
+# ---- the stop button
+
+
+def stop_after(client: Client, wait: Wait, text: str) -> str:
+    """Begin a thread, close the connection when the model waits, as the stop button does; the thread's id."""
+    request = {"type": "threads.create", "params": {"input": user_input("hello")}}
+    with client.stream("POST", "/chatkit", json=request) as response:
+        for line in response.iter_lines():
+            if text in line:
+                break
+        until(wait.reached.is_set)
+    return response.headers["x-thread-id"]
+
+
+def test_the_stop_button_closes_the_models_request_and_keeps_what_was_said() -> None:
+    wait = Wait()
+    with serving(talker(["One ", "two", wait, " three"])) as client:
+        thread_id = stop_after(client, wait, '"two"')
+        assert wait.left.wait(1)
+        until(lambda: client.messages(int(thread_id))[-1]["status"] == "cancelled")
+        assert texts(client, thread_id) == ["hello", "One two"]
+
+
+def test_the_model_is_told_of_the_stop_and_no_client_is() -> None:
+    wait = Wait()
+    agent = talker(["One", wait], ["Fine."])
+    with serving(agent) as client:
+        thread_id = stop_after(client, wait, '"One"')
+        until(lambda: client.messages(int(thread_id))[-1]["status"] == "cancelled")
+        events = until(lambda: (r := client.post("/chatkit", json=again(thread_id))).status_code == 200 and r.text)
+        assert ck.STOPPED in shown(agent)
+        answers = [events, client.get(f"/api/conversations/{thread_id}").text]
+        for limit in (1, 2, 3, 4, 5):
+            for order in ("asc", "desc"):
+                pages = walk(client, "items.list", limit=limit, order=order, thread_id=thread_id)
+                assert len([item for page in pages for item in page["data"]]) == 4
+                answers.append(json.dumps(pages))
+        answers.append(json.dumps(exchange(client, "threads.get_by_id", thread_id=thread_id)))
+        assert not [answer for answer in answers if "stopped" in answer or "system" in answer]
+        assert [item["id"] for item in items(client, thread_id)] == ["1", "2", "4", "5"]  # 3 is the hidden one
+        assert refused(client, "items.list", thread_id=thread_id, after="3")[0] == 404
+        assert refused(client, "threads.retry_after_item", thread_id=thread_id, item_id="3")[0] == 404
+        assert refused(client, "items.feedback", thread_id=thread_id, item_ids=["3"], kind="positive")[0] == 404
+
+
+def again(thread_id: str) -> dict[str, Any]:
+    return {"type": "threads.add_user_message", "params": {"thread_id": thread_id, "input": user_input("go on")}}
+
+
+def test_with_continue_a_turn_goes_on_without_its_reader() -> None:
+    wait = Wait()
+    with serving(talker(["One ", wait, "two"]), on_disconnect="continue") as client:
+        thread_id = stop_after(client, wait, '"One "')
+        wait.gate.set()
+        until(lambda: client.messages(int(thread_id))[-1]["status"] == "done")
+        assert texts(client, thread_id) == ["hello", "One two"]
+
+
+def is_answering(client: Client, thread_id: str) -> bool:
+    with client.stream("GET", f"/api/conversations/{thread_id}/stream") as response:
+        return response.status_code == 200
+
+
+def test_a_reader_that_leaves_at_once_stops_the_turn_too() -> None:
+    wait = Wait()
+    with serving(talker([wait])) as client:
+        body = json.dumps({"type": "threads.create", "params": {"input": user_input("hello")}})
+        head = "POST /chatkit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: client.get("/api/conversations").json())
+        until(lambda: not is_answering(client, "1"))
+        assert wait.left.is_set() or not wait.reached.is_set()
+        assert texts(client, "1") == ["hello"]
+
+
+def test_deleting_the_thread_that_answers_ends_its_stream_properly() -> None:
+    wait = Wait()
+    with serving(talker(["One", wait])) as client:
+        request = {"type": "threads.create", "params": {"input": user_input("hello")}}
+        with client.stream("POST", "/chatkit", json=request) as response:
+            until(wait.reached.is_set)
+            exchange(client, "threads.delete", thread_id="1")
+            events = validated("", chatkit_events(response.read().decode()))
+        assert "error" not in kinds(events) and wait.left.is_set()
+        assert refused(client, "threads.get_by_id", thread_id="1")[0] == 404
+
+
+# ---- retry
+
+
+def test_retry_removes_what_came_after_and_answers_anew() -> None:
+    agent = talker(["one"], ["two"], ["three"], ["anew"])
+    with in_process(agent) as client:
+        thread_id = create(client, "first")
+        second = send(client, thread_id, "second")[0]["item"]["id"]
+        send(client, thread_id, "third")
+        exchange(client, "threads.retry_after_item", thread_id=thread_id, item_id=second)
+        assert texts(client, thread_id) == ["first", "one", "second", "anew"]
+        assert len(client.messages(int(thread_id))) == 4
+        assert "two" not in shown(agent) and "third" not in shown(agent)
+
+
+def test_retry_refuses_what_is_not_a_message_of_the_person_in_this_thread() -> None:
+    with in_process(talker([Call("echo", {"text": "x"})], ["one"], ["two"])) as client:
+        thread_id, other = create(client, "first"), create(client, "other")
+        before = items(client, thread_id)
+        foreign = items(client, other)[0]["id"]
+        wrong = [item["id"] for item in before[1:]] + [foreign, "999", "0", "-1", "x", "", "1.0", str(2**63)]
+        statuses = [refused(client, "threads.retry_after_item", thread_id=thread_id, item_id=i)[0] for i in wrong]
+        assert statuses == [400, 400] + [404] * 8
+        assert refused(client, "threads.retry_after_item", thread_id="999", item_id=before[0]["id"])[0] == 404
+        assert items(client, thread_id) == before and len(items(client, other)) == 2
+
+
+def test_a_thread_that_answers_refuses_a_retry_a_message_and_an_action() -> None:
+    wait = Wait()
+    with serving(talker(["One", wait]), on_action=redraw) as client:
+        request = {"type": "threads.create", "params": {"input": user_input("hello")}}
+        with client.stream("POST", "/chatkit", json=request) as response:
+            until(wait.reached.is_set)
+            thread_id = response.headers["x-thread-id"]
+            before = items(client, thread_id)
+            for operation, params in {
+                "threads.retry_after_item": {"item_id": before[0]["id"]},
+                "threads.add_user_message": {"input": user_input("more")},
+                "threads.add_client_tool_output": {"result": 1},
+                "threads.custom_action": {"action": {"type": "toggle"}},
+                "threads.add_structured_input": {"item_id": before[0]["id"], "input": {}},
+            }.items():
+                assert refused(client, operation, thread_id=thread_id, **params)[0] == 409, operation
+            wait.gate.set()
+            response.read()
+        assert [item["id"] for item in items(client, thread_id)] == [item["id"] for item in before]
+
+
+# ---- pages
+
+
+def walk(client: Client, operation: str, between: Callable[[], Any] = lambda: None, **params: Any) -> list[Any]:
+    """All pages, each asked for with the `after` of the one before; `between` is called in between."""
+    pages = [exchange(client, operation, **params)]
+    while pages[-1]["has_more"]:
+        assert pages[-1]["after"] == pages[-1]["data"][-1]["id"]
+        between()
+        pages.append(exchange(client, operation, **params, after=pages[-1]["after"]))
+    assert "after" not in pages[-1]
+    return pages
+
+
+def ids_of(pages: list[Any]) -> list[str]:
+    return [row["id"] for page in pages for row in page["data"]]
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_pages_are_right_at_every_boundary(order: str) -> None:
+    with in_process(talker(["ok"])) as client:
+        assert walk(client, "threads.list", limit=1, order=order) == [{"data": [], "has_more": False}]
+        for number in range(1, 5):
+            create(client, f"thread {number}")
+        for _ in range(2):
+            send(client, "1", "more")
+        first = [item["id"] for item in items(client, "1")]
+        assert len(first) == 6
+        tables: list[tuple[str, list[str], dict[str, Any]]] = [
+            ("threads.list", ["1", "2", "3", "4"], {}),
+            ("items.list", first, {"thread_id": "1"}),
+        ]
+        for operation, ids, params in tables:
+            wanted = ids if order == "asc" else ids[::-1]
+            for limit in range(1, len(ids) + 2):
+                pages = walk(client, operation, limit=limit, order=order, **params)
+                assert [[row["id"] for row in page["data"]] for page in pages] == [
+                    wanted[at : at + limit] for at in range(0, len(ids), limit)
+                ]
+            end = exchange(client, operation, order=order, after=wanted[-1], **params)
+            assert end == {"data": [], "has_more": False}
+
+
+def test_pages_are_stable_while_rows_are_added() -> None:
+    with in_process(talker(["ok"])) as client:
+        for _ in range(4):
+            create(client)
+        send(client, "1", "more")
+
+        def add() -> None:
+            create(client)
+            send(client, "1", "even more")
+
+        tables: list[tuple[str, dict[str, Any]]] = [("threads.list", {}), ("items.list", {"thread_id": "1"})]
+        for operation, params in tables:
+            known = ids_of(walk(client, operation, order="asc", **params))
+            assert ids_of(walk(client, operation, add, order="desc", limit=1, **params)) == known[::-1]
+            added = iter([add, add])
+            up = ids_of(walk(client, operation, lambda: next(added, bool)(), order="asc", limit=3, **params))  # noqa: B023
+            assert up == ids_of(walk(client, operation, order="asc", **params)) and len(up) > len(known)
+
+
+def test_an_opened_thread_has_its_first_twenty_items_and_says_where_to_go_on() -> None:
+    with in_process(talker(["ok"])) as client:
+        create(client)
+        for _ in range(10):
+            send(client, "1", "more")
+        page = exchange(client, "threads.get_by_id", thread_id="1")["items"]
+        assert len(page["data"]) == 20 and page["has_more"] and page["after"] == page["data"][-1]["id"]
+        rest = exchange(client, "items.list", thread_id="1", order="asc", after=page["after"])
+        assert len(rest["data"]) == 2 and not rest["has_more"]
+        assert exchange(client, "items.list", thread_id="1")["data"] == (page["data"] + rest["data"])[:1:-1]
+
+
+def test_an_after_that_does_not_exist_is_not_found() -> None:
+    with in_process(talker(["ok"]), jwt_secret=SECRET) as client:
+        client.headers.update(bearer("ann"))
+        create(client)
+        foreign = items(client, create(client))[0]["id"]
+        client.headers.update(bearer("bob"))
+        create(client)
+        for after in ("999", "0", "x", "", "-1", "1", "2", "1" * 40):
+            assert refused(client, "threads.list", after=after)[0] == 404
+        for after in ("999", "0", "x", foreign):
+            assert refused(client, "items.list", thread_id="3", after=after)[0] == 404
+
+
+# ---- feedback, status, who may
+
+
+def test_feedback_is_kept_can_be_changed_and_is_seen_in_rest() -> None:
+    with in_process(talker(["ok"])) as client:
+        create(client)
+        exchange(client, "items.feedback", thread_id="1", item_ids=["2"], kind="positive")
+        assert [message["feedback"] for message in client.messages(1)] == [None, "positive"]
+        exchange(client, "items.feedback", thread_id="1", item_ids=["1", "2", "2"], kind="negative")
+        assert [message["feedback"] for message in client.messages(1)] == ["negative", "negative"]
+
+
+@pytest.mark.parametrize("item_ids", [["999"], ["2", "999"], ["x"], ["4"], ["2", ""]])
+def test_feedback_for_an_item_that_is_not_there_changes_none(item_ids: list[str]) -> None:
+    with in_process(talker(["ok"])) as client:
+        create(client), create(client)
+        assert refused(client, "items.feedback", thread_id="1", item_ids=item_ids, kind="positive")[0] == 404
+        assert {message["feedback"] for number in (1, 2) for message in client.messages(number)} == {None}
+
+
+@pytest.mark.parametrize("status", ["locked", "closed"])
+def test_a_thread_that_is_not_active_says_so_and_refuses_messages_in_both_dialects(status: str) -> None:
+    with in_process(talker(["ok"])) as client:
+        create(client)
+        client.patch("/api/conversations/1", json={"status": status, "reason": "Holidays"}).raise_for_status()
+        wanted = {"type": status, "reason": "Holidays"}
+        assert exchange(client, "threads.get_by_id", thread_id="1")["status"] == wanted
+        assert exchange(client, "threads.list")["data"][0]["status"] == wanted
+        code, detail = refused(client, "threads.add_user_message", thread_id="1", input=user_input("more"))
+        assert code == 409 and "Holidays" in detail
+        assert refused(client, "threads.retry_after_item", thread_id="1", item_id="1")[0] == 409
+        plain = client.post("/chatkit", json={"message": "more", "thread_id": 1})
+        assert plain.status_code == 409 and "Holidays" in plain.json()["detail"]
+        assert len(items(client, "1")) == 2
+        client.patch("/api/conversations/1", json={"status": "active"}).raise_for_status()
+        assert exchange(client, "threads.get_by_id", thread_id="1")["status"] == {"type": "active"}
+        send(client, "1", "more")
+
+
+def test_another_users_thread_is_not_found_whatever_the_operation() -> None:
+    with in_process(talker([Call("draw")], ["ok"]), jwt_secret=SECRET, on_action=redraw) as client:
+        client.headers.update(bearer("ann"))
+        create(client)
+        before = items(client, "1")
+        widget = items(client, "1", "widget")[0]["id"]
+        client.headers.update(bearer("bob"))
+        for operation, params in VALID.items():
+            if "thread_id" in params:
+                params = {**params, "thread_id": "1", **({"item_id": widget} if "item_id" in params else {})}
+                assert refused(client, operation, **params) == (404, "Conversation not found"), operation
+        assert exchange(client, "threads.list")["data"] == []
+        client.headers.update(bearer("ann"))
+        assert items(client, "1") == before
+
+
+# ---- failures
+
+
+def status_error(kind: type[openai.APIStatusError], status: int) -> openai.APIStatusError:
+    response: Any = httpx.Response(status, request=MODEL_REQUEST)
+    return kind("your key sk-0123456789abcdef is wrong", response=response, body=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "allow_retry"),
+    [
+        (openai.APIConnectionError(request=MODEL_REQUEST), True),
+        (status_error(openai.RateLimitError, 429), True),
+        (status_error(openai.AuthenticationError, 401), False),
+        (status_error(openai.BadRequestError, 400), False),
+        (RuntimeError("password: hunter2"), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_failing_model_ends_the_stream_with_a_safe_error(error: Exception, allow_retry: bool) -> None:
+    with in_process(talker(["One "], ["Half", error], ["whole"])) as client:
+        create(client)
+        events = send(client, "1", "more")
+        assert events[-1] == {
+            "type": "error",
+            "code": "custom",
+            "message": ck.explain(error)[1],
+            "allow_retry": allow_retry,
+        }
+        assert "sk-" not in json.dumps(events) and "hunter2" not in json.dumps(events)
+        assert texts(client, "1") == ["hello", "One ", "more", "Half"]
+        retried = exchange(client, "threads.retry_after_item", thread_id="1", item_id="3")
+        assert retried[-1]["type"] == "thread.item.done"
+        assert texts(client, "1") == ["hello", "One ", "more", "whole"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"text": NaN}', '{"text": [1e999]}', '{"text": ' + "9" * 5000 + "}", "", "nothing"],
+    ids=lambda text: text[:20],
+)
+def test_arguments_that_are_not_quite_json_do_not_end_the_answer(arguments: str) -> None:
+    with in_process(talker([Call("echo", arguments)], ["Done."])) as client:
+        events = exchange(client, "threads.create", input=user_input("hello"))
+        assert events[-1]["item"]["content"][0]["text"] == "Done."
+        plain = client.send_message("more", 1)
+        assert plain[-1]["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "result",
+    ["[NaN]", '{"a": "\\ud83d"}', "[1e999]", "\ud83d", "", *["[" * depth + "]" * depth for depth in (970, 3000)]],
+)
+@pytest.mark.parametrize("dialect", ["plain", "chatkit"])
+def test_a_result_that_is_not_quite_json_does_not_break_the_stream(result: str, dialect: str) -> None:
+    @function_tool
+    async def odd(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        """Answer oddly."""
+        return result
+
+    def strict(text: str) -> Any:
+        raise AssertionError(f"{text} is not JSON")
+
+    body = (
+        {"message": "hello"} if dialect == "plain" else {"type": "threads.create", "params": {"input": user_input("h")}}
+    )
+    with in_process(scripted([Call("odd")], ["Done."], tools=[odd])) as client:
+        text = client.post("/chatkit", json=body).text
+        frames = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
+        events = [json.loads(frame, parse_constant=strict) for frame in frames]
+        assert "Done." in json.dumps(events[-3:]) and "error" not in kinds(events)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "progress"},
+        {"type": "progress", "content": "x"},
+        {"type": "effect", "name": "x"},
+        {"type": "notice", "message": "x", "level": "shout"},
+        {"type": "thinking", "content": 5},
+        {"type": "thinking"},
+        {"type": "widget", "id": 1},
+        {"type": "mine", "n": float("nan")},
+        {"type": "thinking", "content": "\ud83d"},
+    ],
+    ids=json.dumps,
+)
+def test_whatever_a_tool_emits_the_stream_stays_whole(event: dict[str, Any]) -> None:
+    @function_tool
+    async def odd(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        """Emit something."""
+        wrapper.context.emit(event)
+        return "emitted"
+
+    with in_process(scripted([Call("odd")], ["Done."], tools=[odd])) as client:
+        assert last_item(exchange(client, "threads.create", input=user_input("hi")))["content"][0]["text"] == "Done."
+        assert said(client.send_message("hi")) == "Done."
+
+
+# ---- client tools
+
+
+def test_a_client_tool_waits_and_its_output_lets_the_agent_go_on() -> None:
+    agent = talker([Call("pick", call_id="call_1")], ["You selected 1."])
+    with in_process(agent) as client:
+        pending = last_item(exchange(client, "threads.create", input=user_input("hello")))
+        call = {"call_id": "call_1", "name": "get_selection", "arguments": {"x": 1}}
+        assert {**pending, **call, "type": "client_tool_call", "status": "pending"} == pending
+        assert items(client, "1", "client_tool_call") == [pending]
+        exchange(client, "threads.add_client_tool_output", thread_id="1", result={"selected": [1]})
+        assert items(client, "1", "client_tool_call") == [
+            {**pending, "status": "completed", "output": {"selected": [1]}}
+        ]
+        history = seen(agent)
+        assert [item.get("type") for item in history[-2:]] == ["function_call", "function_call_output"]
+        assert json.loads(history[-1]["output"]) == {"selected": [1]} and history[-1]["call_id"] == "call_1"
+
+
+def test_of_two_pending_calls_one_is_completed_and_the_other_closed() -> None:
+    agent = talker([Call("pick"), Call("pick")], ["ok"])
+    with in_process(agent) as client:
+        create(client)
+        events = exchange(client, "threads.add_client_tool_output", thread_id="1", result="mine")
+        assert shape(events)[:2] == ["stream_options", "thread.item.replaced client_tool_call"]
+        assert [item.get("output") for item in items(client, "1", "client_tool_call")] == [None, "mine"]
+        history = seen(agent)
+        outputs = [item["output"] for item in history if item.get("type") == "function_call_output"]
+        assert len(outputs) == 2 and "did not answer" in outputs[0] and outputs[1] == "mine"
+
+
+@pytest.mark.parametrize("result", [None, "", "text", 0, False, [], {}, {"a": None}, "é\u2028\0"], ids=json.dumps)
+def test_a_client_tools_output_may_be_any_json(result: Any) -> None:
+    with in_process(talker([Call("pick")], ["ok"])) as client:
+        create(client)
+        assert exchange(client, "threads.add_client_tool_output", thread_id="1", result=result)[-1]["type"] != "error"
+        item = items(client, "1", "client_tool_call")[0]
+        assert item["status"] == "completed" and item.get("output") == result
+
+
+def test_an_output_that_nobody_waits_for_is_refused() -> None:
+    with in_process(talker(["ok"], [Call("pick")], ["done"])) as client:
+        create(client)
+        assert refused(client, "threads.add_client_tool_output", thread_id="1", result=1)[0] == 409
+        send(client, "1", "pick")
+        exchange(client, "threads.add_client_tool_output", thread_id="1", result=1)
+        assert refused(client, "threads.add_client_tool_output", thread_id="1", result=2)[0] == 409
+        assert items(client, "1", "client_tool_call")[0]["output"] == 1
+
+
+@pytest.mark.parametrize(("tool", "kind"), [("pick", "client_tool_call"), ("survey", "structured_input")])
+def test_a_new_message_closes_what_was_pending_and_the_model_is_told(tool: str, kind: str) -> None:
+    agent = talker([Call(tool)], ["Never mind."])
+    with in_process(agent) as client:
+        create(client)
+        events = send(client, "1", "something else")
+        assert f"thread.item.replaced {kind}" in shape(events)
+        assert [item["status"] for item in items(client, "1", kind)] in (["completed"], ["skipped"])
+        output = [item for item in seen(agent) if item.get("type") == "function_call_output"]
+        assert len(output) == 1 and "did not answer" in output[0]["output"]
+        assert refused(client, "threads.add_client_tool_output", thread_id="1", result=1)[0] == 409
+
+
+def test_a_client_tool_begun_in_chatkit_can_be_answered_in_the_plain_dialect() -> None:
+    with in_process(
+        talker([Call("pick", call_id="c")], ["Thanks."], [Call("pick", call_id="d")], ["Again."])
+    ) as client:
+        create(client)
+        response = client.post("/api/conversations/1/tool_output", json={"id": "c", "result": [1]})
+        assert "Thanks." in response.text
+        assert [event["type"] for event in client.send_message("more", 1)][-2:] == ["client_tool", "done"]
+        events = exchange(client, "threads.add_client_tool_output", thread_id="1", result=[2])
+        assert last_item(events)["content"][0]["text"] == "Again."
+
+
+@pytest.mark.parametrize(
+    ("tool", "operation"), [("pick", "threads.add_client_tool_output"), ("survey", "threads.add_structured_input")]
+)
+def test_the_model_that_a_message_asked_for_goes_on_with_it(
+    tool: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"demo": Script(["default"]), "other": Script([Call(tool)], ["chosen"])}
+    monkeypatch.setattr(ck.Models, "_make", lambda self, name: made[name])
+    with in_process(Agent(name="Two", tools=PROTOCOL_TOOLS), models=("other",)) as client:
+        create(client, inference_options={"model": "other"})
+        given = {"result": 1} if tool == "pick" else {"item_id": "2", "input": {}}
+        events = exchange(client, operation, thread_id="1", **given)
+        assert last_item(events)["content"][0]["text"] == "chosen"
+
+
+# ---- questions
+
+ANSWERS: list[tuple[Any, list[Any]]] = [
+    ({"answers": {"q1": {"values": ["a"]}}}, [["a"], None, None]),
+    ({"answers": {"q1": {"values": ["a", "b"]}, "q2": {"values": ["a", "b"]}}}, [["a"], ["a", "b"], None]),
+    ({"answers": {"q1": {"values": ["mine"]}, "q3": {"values": ["Because."]}}}, [["mine"], None, ["Because."]]),
+    ({"answers": {"q9": {"values": ["a"]}, "q1": {"values": ["b"]}}}, [["b"], None, None]),
+    ({"answers": {"q1": {"values": ["a"], "skipped": True}}}, [None, None, None]),
+    ({"status": "skipped", "answers": {"q1": {"values": ["a"]}}}, [None, None, None]),
+    ({}, [None, None, None]),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), ANSWERS)
+def test_answers_are_recorded_and_the_agent_goes_on_knowing_them(given: Any, wanted: list[Any]) -> None:
+    agent = talker([Call("survey")], ["Thanks."])
+    with in_process(agent) as client:
+        pending = last_item(exchange(client, "threads.create", input=user_input("hello")))
+        assert pending["status"] == "pending" and pending["inputs"] == [CHOICE, SEVERAL, OPEN]
+        assert items(client, "1", "structured_input") == [pending]
+        events = exchange(client, "threads.add_structured_input", thread_id="1", item_id=pending["id"], input=given)
+        item = events[1]["item"]
+        assert events[1]["type"] == "thread.item.replaced" and item["id"] == pending["id"]
+        assert item["status"] == given.get("status", "answered")
+        answers = [question["answer"] for question in item["inputs"]]
+        assert answers == [{"values": values or [], "skipped": values is None} for values in wanted]
+        assert items(client, "1", "structured_input") == [item]
+        for values in wanted:
+            assert all(json.dumps(value) in shown(agent).replace('\\"', '"') for value in values or [])
+        assert "Thanks." in json.dumps(events)
+
+
+def test_questions_are_answered_once() -> None:
+    with in_process(talker([Call("survey")], ["Thanks."])) as client:
+        item = last_item(exchange(client, "threads.create", input=user_input("hello")))
+        params = {"thread_id": "1", "item_id": item["id"], "input": {"answers": {"q1": {"values": ["a"]}}}}
+        exchange(client, "threads.add_structured_input", **params)
+        before = items(client, "1")
+        assert refused(client, "threads.add_structured_input", **params)[0] == 409
+        for wrong, status in (("1", 400), (before[-1]["id"], 400), ("999", 404), ("x", 404)):
+            assert refused(client, "threads.add_structured_input", **{**params, "item_id": wrong})[0] == status
+        assert items(client, "1") == before
+
+
+# ---- widgets and actions
+
+
+def test_an_action_replaces_the_widget_in_the_stream_and_in_the_store() -> None:
+    with in_process(talker([Call("draw")], ["ok"]), on_action=redraw) as client:
+        create(client)
+        widget = items(client, "1", "widget")[0]
+        assert widget["widget"] == CARD and widget["copy_text"] == "a card"
+        action = {"type": "toggle", "payload": {"id": 1}}
+        events = exchange(client, "threads.custom_action", thread_id="1", item_id=widget["id"], action=action)
+        changed = {**widget, "copy_text": "changed"}
+        assert events[1:] == [{"type": "thread.item.replaced", "item": changed}]
+        assert items(client, "1", "widget") == [changed]
+
+
+def test_a_synchronous_action_returns_the_widget_as_it_is_then() -> None:
+    with in_process(talker([Call("draw")], ["ok"]), on_action=redraw) as client:
+        create(client)
+        widget = items(client, "1", "widget")[0]
+        answer = exchange(
+            client, "threads.sync_custom_action", thread_id="1", item_id=widget["id"], action={"type": "toggle"}
+        )
+        assert answer == {"updated_item": {**widget, "copy_text": "changed"}}
+        assert items(client, "1", "widget") == [answer["updated_item"]]
+        assert exchange(client, "threads.sync_custom_action", thread_id="1", action={"type": "x"}) == {}
+
+
+@pytest.mark.parametrize("operation", ["threads.custom_action", "threads.sync_custom_action"])
+def test_an_action_without_a_handler_or_on_no_widget_is_refused(operation: str) -> None:
+    with in_process(talker(["ok"])) as client:
+        create(client)
+        status, detail = refused(client, operation, thread_id="1", action={"type": "toggle"})
+        assert status == 400 and "on_action" in detail
+    with in_process(talker(["ok"]), on_action=redraw) as client:
+        create(client)
+        for item_id, status in (("1", 400), ("2", 400), ("3", 404), ("x", 404)):
+            assert refused(client, operation, thread_id="1", item_id=item_id, action={"type": "x"})[0] == status
+
+
+def test_an_action_that_the_handler_refuses_is_an_error_in_either_form() -> None:
+    with in_process(talker(["ok"]), on_action=redraw) as client:
+        create(client)
+        action = {"type": "refuse"}
+        assert exchange(client, "threads.custom_action", thread_id="1", action=action)[-1]["type"] == "error"
+        assert refused(client, "threads.sync_custom_action", thread_id="1", action=action)[0] == 400
+
+
+def test_a_bug_in_the_action_handler_is_an_answer_that_a_frontend_can_read() -> None:
+    with in_process(talker(["ok"]), on_action=redraw) as client:
+        create(client)
+        params = {"thread_id": "1", "action": {"type": "break"}}
+        assert exchange(client, "threads.custom_action", **params)[-1]["type"] == "error"
+        response = client.post("/chatkit", json={"type": "threads.sync_custom_action", "params": params})
+        assert response.status_code == 500 and response.json() == {"detail": "Something went wrong while answering."}
+
+
+def test_a_reader_that_leaves_during_an_action_has_stopped_no_answer() -> None:
+    wait = Wait()
+    agent = talker(["ok"])
+
+    async def slow(context: ck.TurnContext, action: dict[str, Any], item: dict[str, Any] | None) -> None:
+        await wait.pass_through()
+
+    with serving(agent, on_action=slow) as client:
+        create(client)
+        request = {"type": "threads.custom_action", "params": {"thread_id": "1", "action": {"type": "x"}}}
+        with client.stream("POST", "/chatkit", json=request):
+            until(wait.reached.is_set)
+        until(lambda: wait.left.is_set() and not is_answering(client, "1"))
+        send(client, "1", "more")
+        assert ck.STOPPED not in shown(agent)
+
+
+def test_ticking_a_task_in_the_assistants_list_completes_it_in_the_database() -> None:
+    with in_process() as client:
+        create(client, "add buy milk to my list")
+        send(client, "1", "add call Ann to my list")
+        events = send(client, "1", "show my tasks")
+        widget = next(event["item"] for event in events if event.get("item", {}).get("type") == "widget")
+        boxes = widget["widget"]["children"]
+        assert [(box["label"], box["defaultChecked"]) for box in boxes] == [("buy milk", False), ("call Ann", False)]
+        target = {"thread_id": "1", "item_id": widget["id"]}
+
+        def action(box: dict[str, Any]) -> dict[str, Any]:
+            return {key: box["onChangeAction"][key] for key in ("type", "payload")}
+
+        replaced = exchange(client, "threads.custom_action", **target, action=action(boxes[0]))[1]
+        assert replaced["type"] == "thread.item.replaced"
+        assert [task["done"] for task in client.get("/api/tasks").json()] == [True, False]
+        boxes = replaced["item"]["widget"]["children"]
+        assert [box["defaultChecked"] for box in boxes] == [True, False]
+        item = exchange(client, "threads.sync_custom_action", **target, action=action(boxes[0]))["updated_item"]
+        assert [task["done"] for task in client.get("/api/tasks").json()] == [False, False]
+        assert items(client, "1", "widget") == [item]
+        assert "1. buy milk" in item["copy_text"] and "(done)" not in item["copy_text"]
+        for payload in (None, 5, {}, {"id": "1"}, {"id": True}, {"id": None}):
+            wrong = {"type": "toggle_task", "payload": payload}
+            assert refused(client, "threads.sync_custom_action", **target, action=wrong)[0] == 400
+        gone = {"type": "toggle_task", "payload": {"id": 999}}
+        assert "notice" in kinds(exchange(client, "threads.custom_action", **target, action=gone))
+
+
+def test_a_ticked_task_stays_another_users() -> None:
+    with in_process(jwt_secret=SECRET) as client:
+        for user in ("ann", "bob"):
+            client.headers.update(bearer(user))
+            create(client, "add buy milk to my list")
+        action = {"type": "toggle_task", "payload": {"id": 1}}
+        exchange(client, "threads.sync_custom_action", thread_id="2", action=action)
+        client.headers.update(bearer("ann"))
+        assert [task["done"] for task in client.get("/api/tasks").json()] == [False]
+
+
+# ---- choices
+
+
+def test_a_model_or_tool_that_is_not_there_is_refused_with_what_is() -> None:
+    with in_process(talker(["ok"])) as client:
+        create(client)
+        for options, known in (
+            ({"model": "gpt-x"}, "demo"),
+            ({"tool_choice": {"id": "rm"}}, "echo"),
+            ({"model": ""}, "demo"),
+        ):
+            message = user_input("hello", inference_options=options)
+            status, detail = refused(client, "threads.add_user_message", thread_id="1", input=message)
+            assert status == 400 and known in detail
+        for body in ({"model": "gpt-x"}, {"tool_choice": "rm"}):
+            assert client.post("/chatkit", json={"message": "hi", **body}).status_code == 400
+        assert len(items(client, "1")) == 2
+
+
+def test_a_choice_reaches_the_model_and_comes_back_with_the_message() -> None:
+    agent = talker(["ok"])
+    options = {"tool_choice": {"id": "echo"}, "model": "demo"}
+    with in_process(agent) as client:
+        assert isinstance(agent.model, Script)
+        create(client, inference_options={"tool_choice": {"id": "echo"}})
+        assert agent.model.settings[0].tool_choice == "echo"
+        create(client)
+        assert agent.model.settings[-1].tool_choice is None
+        create(client, inference_options=options)
+        assert items(client, "3", "user_message")[0]["inference_options"] == options
+
+
+# ---- files
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
+
+
+def form(data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> dict[str, tuple[str, bytes, str]]:
+    return {"file": (name, data, mime_type)}
+
+
+def upload(client: Client, data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> dict[str, Any]:
+    """A file in two phases; the attachment."""
+    announced = exchange(client, "attachments.create", name=name, size=len(data), mime_type=mime_type)
+    descriptor = announced.pop("upload_descriptor")
+    assert descriptor["method"] == "POST" and descriptor["headers"] == {}
+    stored = client.post(descriptor["url"], files=form(data, name, mime_type))
+    assert stored.status_code == 200, stored.text
+    assert validated("attachments.create", stored.json()) == announced
+    return announced
+
+
+def test_a_file_is_announced_uploaded_sent_and_there_after_a_restart(tmp_path: Path) -> None:
+    database = str(tmp_path / "chat.db")
+    with in_process(talker(["ok"]), database=database) as client:
+        text, image = upload(client, b"abc"), upload(client, PNG, "a.png", "image/png")
+        assert (text["type"], text["name"], text["mime_type"]) == ("file", "a.txt", "text/plain")
+        assert image["type"] == "image" and client.get(image["preview_url"]).content == PNG
+        message = user_input("see", attachments=[text["id"], image["id"]])
+        item = exchange(client, "threads.create", input=message)[1]["item"]
+        assert item["attachments"] == [{**file, "thread_id": "1"} for file in (text, image)]
+    with in_process(talker(["ok"]), database=database) as client:
+        assert items(client, "1", "user_message") == [item]
+        assert client.get(f"/attachments/{text['id']}").content == b"abc"
+
+
+def test_a_direct_upload_gives_an_attachment() -> None:
+    with in_process(talker(["ok"])) as client:
+        response = client.post("/attachments", files=form(PNG, "ä.png", "image/png"))
+        file = validated("attachments.create", response.raise_for_status().json())
+        assert (file["type"], file["name"], file["mime_type"]) == ("image", "ä.png", "image/png")
+        create(client, attachments=[file["id"]])
+        assert items(client, "1")[0]["attachments"][0]["id"] == file["id"]
+        assert client.get(file["preview_url"]).content == PNG
+
+
+def test_a_message_may_be_files_alone() -> None:
+    with in_process(talker(["ok"])) as client:
+        file = upload(client, b"abc")
+        message = user_input("", content=[], attachments=[file["id"]])
+        item = exchange(client, "threads.create", input=message)[1]["item"]
+        assert item["content"] == [] and items(client, "1")[0] == item
+
+
+def test_images_reach_the_model_as_images_and_text_as_text() -> None:
+    agent = talker(["ok"])
+    with in_process(agent) as client:
+        ids = [
+            upload(client, *file)["id"]
+            for file in ((b"some\nwords", "a.md", "text/markdown"), (PNG, "a.png", "image/png"))
+        ]
+        create(client, "look", attachments=ids)
+        for _ in range(2):
+            text, image, words = seen(agent)[0]["content"]
+            assert "some\nwords" in text["text"] and "a.md" in text["text"] and words["text"] == "look"
+            assert image["type"] == "input_image"
+            assert image["image_url"] == "data:image/png;base64," + base64.b64encode(PNG).decode()
+            send(client, "1", "again")
+
+
+def test_a_file_that_no_model_can_read_is_an_error_and_the_message_is_kept() -> None:
+    agent = talker(["ok"])
+    with in_process(agent) as client:
+        file = upload(client, b"\0\xff", "a.zip", "application/zip")
+        events = exchange(client, "threads.create", input=user_input("look", attachments=[file["id"]]))
+        assert events[-1]["type"] == "error" and "a.zip" in events[-1]["message"]
+        assert items(client, "1")[0]["attachments"][0]["id"] == file["id"]
+        assert last_item(send(client, "1", "without it"))["content"][0]["text"] == "ok"
+        assert "a.zip" in shown(agent)
+
+
+def test_a_file_is_its_owners() -> None:
+    with in_process(talker(["ok"]), jwt_secret=SECRET) as client:
+        client.headers.update(bearer("ann"))
+        file, sent = upload(client, PNG, "a.png", "image/png"), upload(client, b"abc")
+        create(client, attachments=[sent["id"]])
+        del client.headers["authorization"]
+        assert client.get(f"/attachments/{file['id']}").status_code == 401
+        assert client.post("/attachments", files=form(b"abc")).status_code == 401
+        for key in ("", "x", "null"):
+            assert client.get(f"/attachments/{file['id']}", params={"key": key}).status_code == 404
+        assert client.get(file["preview_url"]).content == PNG  # the key is what an <img> has
+        client.headers.update(bearer("bob"))
+        for each in (file, sent):
+            assert client.get(f"/attachments/{each['id']}").status_code == 404
+            assert refused(client, "attachments.delete", attachment_id=each["id"])[0] == 404
+            message = user_input("hello", attachments=[each["id"]])
+            assert refused(client, "threads.create", input=message)[0] == 404
+        assert exchange(client, "threads.list")["data"] == []
+
+
+def test_an_upload_url_works_once() -> None:
+    with in_process(talker(["ok"])) as client:
+        announced = exchange(client, "attachments.create", name="a.txt", size=3, mime_type="text/plain")
+        url = announced["upload_descriptor"]["url"]
+        assert refused(client, "threads.create", input=user_input("x", attachments=[announced["id"]]))[0] == 404
+        assert client.get(f"/attachments/{announced['id']}").status_code == 404
+        assert client.post(url.split("?")[0], files=form(b"abc")).status_code == 404
+        assert client.post(url + "x", files=form(b"abc")).status_code == 404
+        assert client.post(url, files=form(b"abc")).status_code == 200
+        assert client.post(url, files=form(b"xyz")).status_code == 404
+        assert client.get(f"/attachments/{announced['id']}").content == b"abc"
+
+
+def test_of_two_uploads_at_once_one_counts() -> None:
+    with in_process(talker(["ok"])) as client:
+        announced = exchange(client, "attachments.create", name="a.txt", size=3, mime_type="text/plain")
+        url, transport = announced["upload_descriptor"]["url"], client._transport
+        assert isinstance(transport, InProcess)
+
+        async def both() -> list[httpx.Response]:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(transport.app)) as another:
+                return await asyncio.gather(*(another.post(url, files=form(data)) for data in (b"abc", b"xyz")))
+
+        first, second = sorted(transport.loop.run_until_complete(both()), key=lambda response: response.status_code)
+        assert (first.status_code, second.status_code) == (200, 404)
+
+
+@pytest.mark.parametrize(
+    ("data", "mime_type", "status"),
+    [(b"ab", "text/plain", 400), (b"abcd", "text/plain", 413), (b"abc", "text/html", 400)],
+)
+def test_what_was_announced_is_what_is_stored(data: bytes, mime_type: str, status: int) -> None:
+    with in_process(talker(["ok"])) as client:
+        announced = exchange(client, "attachments.create", name="a.txt", size=3, mime_type="text/plain; charset=utf-8")
+        url = announced["upload_descriptor"]["url"]
+        response = client.post(url, files=form(data, "other.txt", mime_type))
+        assert response.status_code in (status, 400) and response.json()["detail"]
+        assert client.post(url, files=form(b"abc", "other.txt")).json()["name"] == "a.txt"
+
+
+def test_a_file_that_is_too_large_is_refused_while_it_is_read() -> None:
+    app = ck.create_app(
+        talker(["ok"]), settings=ck.Settings(database=":memory:", model="demo", max_attachment_bytes=1000)
+    )
+    with Client(transport=InProcess(app), base_url="http://testserver") as client:
+        assert refused(client, "attachments.create", name="a", size=1001, mime_type="text/plain")[0] == 413
+        assert exchange(client, "attachments.create", name="a", size=1000, mime_type="text/plain")["id"]
+        assert client.post("/attachments", files=form(b"x" * 1001)).status_code == 413
+        assert client.post("/attachments", files=form(b"x" * 1000)).status_code == 200
+        head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        taken, sent = 0, []
+
+        async def receive() -> dict[str, Any]:
+            nonlocal taken
+            taken += 1
+            return {"type": "http.request", "body": head if taken == 1 else b"x" * 10_000, "more_body": taken < 10_000}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"multipart/form-data; boundary=b"), (b"host", b"testserver")]
+        scope = {"type": "http", "method": "POST", "path": "/attachments", "headers": headers, "query_string": b""}
+        scope |= {"server": ("testserver", 80), "scheme": "http", "http_version": "1.1", "root_path": ""}
+        transport = client._transport
+        assert isinstance(transport, InProcess)
+        transport.loop.run_until_complete(app(scope, receive, send))
+        assert sent[0]["status"] == 413 and taken < 20
+
+
+def test_only_what_was_not_sent_can_be_deleted() -> None:
+    with in_process(talker(["ok"])) as client:
+        file = upload(client, b"abc")
+        assert exchange(client, "attachments.delete", attachment_id=file["id"]) == {}
+        assert client.get(f"/attachments/{file['id']}").status_code == 404
+        assert refused(client, "attachments.delete", attachment_id=file["id"])[0] == 404
+        sent = upload(client, b"abc")
+        create(client, attachments=[sent["id"]])
+        assert refused(client, "attachments.delete", attachment_id=sent["id"])[0] == 404
+        assert refused(client, "threads.create", input=user_input("x", attachments=[sent["id"]]))[0] == 404
+        assert len(exchange(client, "threads.list")["data"]) == 1
+
+
+def test_files_go_with_their_conversation_or_after_a_day_unsent(tmp_path: Path) -> None:
+    database = str(tmp_path / "chat.db")
+    with in_process(talker(["ok"]), database=database) as client:
+        sent, replied, unsent = (upload(client, b"abc") for _ in range(3))
+        create(client, attachments=[sent["id"]])
+        send(client, "1", "more", attachments=[replied["id"]])
+        exchange(client, "threads.retry_after_item", thread_id="1", item_id="1")
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            connection.execute("UPDATE attachments SET created_at = '2020-01-01T00:00:00.000Z'")
+        upload(client, b"new")
+        statuses = [client.get(f"/attachments/{file['id']}").status_code for file in (sent, replied, unsent)]
+        assert statuses == [200, 404, 404]
+        exchange(client, "threads.delete", thread_id="1")
+        assert client.get(f"/attachments/{sent['id']}").status_code == 404
+
+
+def test_a_downloaded_file_can_run_nothing_in_this_origin() -> None:
+    with in_process(talker(["ok"])) as client:
+        name = 'a"\r\nX-Evil: 1\n/../é.html'
+        announced = exchange(client, "attachments.create", name=name, size=3, mime_type="text/html")
+        client.post(announced["upload_descriptor"]["url"], files=form(b"<b>", "x", "text/html")).raise_for_status()
+        headers = client.get(f"/attachments/{announced['id']}").headers
+        assert headers["x-content-type-options"] == "nosniff" and "sandbox" in headers["content-security-policy"]
+        assert headers["content-disposition"].startswith("attachment;") and "x-evil" not in headers
+
+
+MULTIPART = "multipart/form-data; boundary=b"
+FORMS: list[tuple[str, bytes, int]] = [
+    ("application/json", b"{}", 415),
+    ("", b"", 415),
+    ("multipart/form-data", b"--b--", 400),
+    ("multipart/form-data; boundary=", b"--b--", 400),
+    (MULTIPART, b"", 400),
+    (MULTIPART, b"--b--\r\n", 400),
+    (MULTIPART, b"nonsense", 400),
+    (MULTIPART, b"--b\r\n\r\nx\r\n--b--\r\n", 400),
+    (MULTIPART, b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc\r\n--b--\r\n', 400),
+    (MULTIPART, b'--b\r\nContent-Disposition: form-data; name="x"; filename="a"\r\n\r\nabc\r\n--b--\r\n', 400),
+    (
+        MULTIPART,
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\nContent-Type: \xff/\r\n\r\na\r\n--b--',
+        400,
+    ),
+]
+
+
+@pytest.mark.parametrize(("content_type", "body", "status"), FORMS)
+def test_a_malformed_upload_is_refused(content_type: str, body: bytes, status: int) -> None:
+    with in_process(talker(["ok"])) as client:
+        announced = exchange(client, "attachments.create", name="a", size=3, mime_type="text/plain")
+        for url in ("/attachments", announced["upload_descriptor"]["url"]):
+            response = client.post(url, content=body, headers={"Content-Type": content_type})
+            assert response.status_code == status and response.json()["detail"]
+        assert client.post(announced["upload_descriptor"]["url"], files=form(b"abc")).status_code == 200
+
+
+# ---- dictation
+
+
+def test_a_recording_becomes_text() -> None:
+    heard: list[Any] = []
+
+    async def transcribe(audio: bytes, media_type: str) -> str:
+        heard.append((audio, media_type))
+        return "hello"
+
+    with in_process(talker(["ok"]), transcribe=transcribe) as client:
+        audio = base64.b64encode(b"\0\1\2").decode()
+        answer = exchange(client, "input.transcribe", audio_base64=audio, mime_type="audio/webm;codecs=opus")
+        assert answer == {"text": "hello"} and heard == [(b"\0\1\2", "audio/webm")]
+
+
+def test_a_recording_may_be_as_large_as_a_file_and_no_larger() -> None:
+    async def transcribe(audio: bytes, media_type: str) -> str:
+        return str(len(audio))
+
+    with in_process(talker(["ok"]), transcribe=transcribe, max_attachment_bytes=2_000_000) as client:
+        for size in (2_000_000, 2_000_001, 2_000_002, 2_100_000):
+            params = {"audio_base64": base64.b64encode(bytes(size)).decode(), "mime_type": "audio/webm"}
+            if size == 2_000_000:
+                assert exchange(client, "input.transcribe", **params) == {"text": "2000000"}
+            else:
+                assert refused(client, "input.transcribe", **params)[0] == 413
+
+
+def test_dictation_that_is_not_set_up_says_what_to_configure() -> None:
+    with in_process(talker(["ok"])) as client:
+        params = {"audio_base64": "AAAA", "mime_type": "audio/webm"}
+        response = client.post("/chatkit", json={"type": "input.transcribe", "params": params})
+        assert response.status_code == 501 and "OPENAI_API_KEY" in response.json()["detail"]
+
+
+# ---- malformed requests
+
+# One valid request of each operation; {t} is a thread, {u} a user message, {w} a widget, {q} a pending question,
+# {p} a thread with a pending call, {d} one to delete, {a} a file.
+VALID: dict[str, dict[str, Any]] = {
+    "threads.create": {"input": user_input("", content=[{"type": "input_text", "text": "hi"}, TAG], quoted_text="x")},
+    "threads.add_user_message": {"thread_id": "{t}", "input": user_input("more", quoted_text="x", attachments=["{a}"])},
+    "threads.retry_after_item": {"thread_id": "{t}", "item_id": "{u}"},
+    "threads.add_client_tool_output": {"thread_id": "{p}", "result": {"selected": [1]}},
+    "threads.add_structured_input": {
+        "thread_id": "{t}",
+        "item_id": "{q}",
+        "input": {"status": "answered", "answers": {"q1": {"values": ["a"], "skipped": False}}},
+    },
+    "threads.custom_action": {"thread_id": "{t}", "item_id": "{w}", "action": {"type": "toggle", "payload": {"id": 1}}},
+    "threads.sync_custom_action": {"thread_id": "{t}", "item_id": "{w}", "action": {"type": "toggle", "payload": {}}},
+    "threads.list": {"limit": 2, "order": "desc", "after": "{t}"},
+    "threads.get_by_id": {"thread_id": "{t}"},
+    "threads.update": {"thread_id": "{t}", "title": "Title"},
+    "threads.delete": {"thread_id": "{d}"},
+    "items.list": {"thread_id": "{t}", "limit": 2, "order": "asc", "after": "{u}"},
+    "items.feedback": {"thread_id": "{t}", "item_ids": ["{u}", "{w}"], "kind": "positive"},
+    "attachments.create": {"name": "a.txt", "size": 3, "mime_type": "text/plain"},
+    "attachments.delete": {"attachment_id": "{a}"},
+    "input.transcribe": {"audio_base64": "AAAA", "mime_type": "audio/webm"},
+}
+
+ODD: tuple[Any, ...] = (None, 5, True, [], {})  # what is hardly ever right
+# Values that are wrong wherever they stand: by operation and by the path of what they replace in its VALID params.
+MALFORMED: dict[tuple[str, str], list[Any]] = {
+    ("threads.list", "limit"): [0, -1, 101, 1.5, "x", [], 10**30],
+    ("threads.list", "order"): [*ODD, "", "ASC"],
+    ("threads.list", "after"): [5, True, [], {}],
+    ("threads.get_by_id", "thread_id"): [*ODD, 1, 1.0],
+    ("threads.retry_after_item", "item_id"): [*ODD, 1],
+    ("threads.update", "title"): [*ODD, "", " ", "x" * 201],
+    ("threads.create", "input"): [*ODD, "hello"],
+    ("threads.create", "input.content"): [None, 5, True, {}, "hello"],
+    ("threads.create", "input.content.0"): [*ODD, {"text": "x"}, {"type": "output_text", "text": "x"}],
+    ("threads.create", "input.content.0.text"): [*ODD, ["x"]],
+    ("threads.create", "input.content.1.id"): [*ODD],
+    ("threads.create", "input.content.1.data"): [None, 5, True, [], "x"],
+    ("threads.create", "input.content.1.group"): [5, True, [], {}],
+    ("threads.create", "input.content.1.interactive"): [None, 5, [], {}, "perhaps"],
+    ("threads.create", "input.attachments"): [None, 5, True, {}, "a", [5], [None]],
+    ("threads.create", "input.quoted_text"): [5, True, [], {}, ["x"]],
+    ("threads.create", "input.inference_options"): [None, 5, True, [], "x"],
+    ("threads.create", "input.inference_options.model"): [5, True, [], {}],
+    ("threads.create", "input.inference_options.tool_choice"): [5, True, [], {}, "echo", {"id": None}],
+    ("items.feedback", "item_ids"): [None, 5, True, {}, "1", [1], [None], ["1"] * 101],
+    ("items.feedback", "kind"): [*ODD, "", "neutral"],
+    ("threads.custom_action", "action"): [*ODD, "toggle", {"type": 5}, {"payload": {}}],
+    ("threads.custom_action", "item_id"): [5, True, [], {}],
+    ("threads.add_structured_input", "input"): [None, 5, True, [], {"status": "pending"}],
+    ("threads.add_structured_input", "input.answers"): [None, 5, [], {"q1": ["a"]}, {"q1": {"values": "a"}}],
+    ("threads.add_structured_input", "input.answers.q1.values"): [None, "a", [1], [None], {}],
+    ("threads.add_structured_input", "input.answers.q1.skipped"): [None, 5, [], {}, "perhaps"],
+    ("attachments.create", "name"): [*ODD, "", "x" * 256],
+    ("attachments.create", "size"): [None, 0, -1, 1.5, "x", [], {}],
+    ("attachments.create", "mime_type"): [*ODD, "text", "text/", "/", "text/x\r\nA: b", "a/b/c", "t\u00e9xt/x", "*/*"],
+    ("attachments.delete", "attachment_id"): [*ODD],
+    ("input.transcribe", "audio_base64"): [*ODD, "A", "AA A", "\u00e9", "\0"],
+    ("input.transcribe", "mime_type"): [*ODD],
+}
+
+
+@pytest.mark.parametrize(("operation", "path"), MALFORMED)
+def test_a_malformed_field_is_refused_and_named(operation: str, path: str) -> None:
+    async def transcribe(audio: bytes, media_type: str) -> str:
+        raise AssertionError
+
+    with in_process(talker(["ok"]), on_action=redraw, transcribe=transcribe) as client:
+        create(client)
+        for value in MALFORMED[operation, path]:
+            params = filled(VALID[operation], dict.fromkeys("tpduwqa", "1"))
+            *parents, last = path.split(".")
+            place = functools.reduce(lambda part, key: part[int(key) if key.isdigit() else key], parents, params)
+            place[int(last) if last.isdigit() else last] = value
+            status, detail = refused(client, operation, **params)
+            assert status == 400 and all(part in detail for part in path.split(".")), (value, detail)
+        assert len(items(client, "1")) == 2 and len(exchange(client, "threads.list")["data"]) == 1
+
+
+LONG_TAG = {**TAG, "data": {"x": "x" * 32_000}}
+BLANK: list[Any] = [[], [{"type": "input_text", "text": " \n\u3000"}]]
+BODIES: list[tuple[Any, int]] = [
+    *[({"type": kind}, 400) for kind in ("", "threads", "threads.create ", "THREADS.LIST", "__class__", "x" * 10_000)],
+    *[({"type": kind}, 400) for kind in (*ODD, ["threads.list"], {"a": "threads.list"})],
+    *[({"type": kind}, 400) for kind in VALID if kind != "threads.list"],
+    *[({"type": "threads.list", "params": params}, 400) for params in (*ODD[:4], "", 0, False, "x", [{}])],
+    *[
+        ({"type": "threads.get_by_id", "params": {"thread_id": thread_id}}, 404)
+        for thread_id in ("", "0", "-1", "999", "1.0", "1e0", " 1", "1\n", "+1", "0x1", "\u0661", "9" * 19, "9" * 500)
+    ],
+    *[({"type": "threads.create", "params": {"input": user_input("", content=content)}}, 400) for content in BLANK],
+    ({"type": "threads.create", "params": {"input": user_input("x" * 32_001)}}, 413),
+    ({"type": "threads.create", "params": {"input": user_input("x", quoted_text="x" * 32_001)}}, 413),
+    ({"type": "threads.create", "params": {"input": user_input("", content=[LONG_TAG])}}, 413),
+    ({"type": "threads.create", "params": {"input": user_input("x", attachments=["att_0"])}}, 404),
+    ({"type": "attachments.create", "params": {"name": "a", "size": 2**63, "mime_type": "text/plain"}}, 413),
+    *[(body, 400) for body in (*ODD, "x", [{"type": "threads.list"}])],
+    *[(body, 400) for body in (b"", b"{", b"\xff", b'{"type": "threads.list"', b'{"type": "\\ud800"}', b'{"a": NaN}')],
+    (b'{"type": "threads.create", "params": ' + b'{"a": ' * 5000 + b"1" + b"}" * 5001, 400),
+    (b'{"type": "threads.list", "params": ' + b'{"a": ' * 70 + b"1" + b"}" * 71, 400),
+    (b'{"type": "threads.list", "params": {"limit": ' + b"9" * 5000 + b"}}", 400),
+    (b'{"type": "threads.list", "x": "' + b"x" * 1024 * 1024 + b'"}', 413),
+]
+
+
+def test_a_malformed_body_is_refused_and_nothing_is_kept() -> None:
+    with in_process(talker(["ok"]), on_action=redraw) as client:
+        for body, status in BODIES:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            response = client.post("/chatkit", content=content, headers={"Content-Type": "application/json"})
+            assert response.status_code == status, content[:200]
+            assert isinstance(response.json()["detail"], str) and response.json()["detail"], content[:200]
+        assert exchange(client, "threads.list") == {"data": [], "has_more": False}
+
+
+JUNK: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2**63, 10**30, 1.5, -0.0, 1e308, [], {}, [[]], [None], {"type": "input_text"}),
+    *("", " ", "0", "1", "2", "-1", "01", "9" * 19, "9" * 40, "\0", "\U0001f600", "\u2028", "\u0663", "x" * 33_000),
+    *("threads.create", "input_tag", "answered", "skipped", "positive", {"values": []}, {"": None}, ["1", "1"], "../x"),
+]
+
+
+def mutated(chance: random.Random, request: Any) -> bytes:
+    """A request with one to three things about it changed, as it goes over the wire."""
+    request = copy.deepcopy(request)
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        places = [(container, key) for container in containers(request) for key in list(keys(container))]
+        if not places:
+            break
+        container, key = chance.choice(places)
+        what = chance.random()
+        if what < 0.6:
+            container[key] = copy.deepcopy(chance.choice(JUNK))
+        elif what < 0.75:
+            del container[key]
+        elif what < 0.85 and isinstance(container, dict):
+            container[chance.choice(["", "type", "thread_id", "__proto__", "é"])] = chance.choice(JUNK)
+        elif what < 0.92 and isinstance(container, list):
+            container *= chance.choice((2, 50))
+        else:
+            other, there = chance.choice(places)
+            if there in keys(other) and key in keys(container):
+                container[key] = copy.deepcopy(other[there])
+    text = json.dumps(request).encode()
+    if chance.random() < 0.08:
+        at = chance.randrange(len(text))
+        text = chance.choice([text[:at], text[:at] + bytes([chance.randrange(256)]) + text[at + 1 :], text[at:]])
+    return text
+
+
+def keys(container: Any) -> Any:
+    return container.keys() if isinstance(container, dict) else range(len(container))
+
+
+def containers(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        yield value
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from containers(child)
+
+
+def filled(template: Any, ids: dict[str, str]) -> Any:
+    if isinstance(template, dict):
+        return {key: filled(child, ids) for key, child in template.items()}
+    if isinstance(template, list):
+        return [filled(child, ids) for child in template]
+    if isinstance(template, str) and template[:1] == "{":
+        return ids[template[1]]
+    return template
+
+
+def test_no_mutation_of_a_request_breaks_anything() -> None:
+    chance = random.Random(4)
+    statuses: dict[int, int] = {}
+    failed: list[Any] = []
+
+    def prepare(client: Client) -> dict[str, str]:
+        """What stands in VALID for ids."""
+        events = client.operate("threads.create", input=user_input("call draw"))
+        ids = {"t": events[0]["thread"]["id"], "u": events[1]["item"]["id"]}
+        ids["w"] = next(event["item"]["id"] for event in events if event.get("item", {}).get("type") == "widget")
+        ids["p"] = client.operate("threads.create", input=user_input("call pick"))[0]["thread"]["id"]
+        ids["d"] = client.operate("threads.create", input=user_input("hello"))[0]["thread"]["id"]
+        asked = client.operate("threads.add_user_message", thread_id=ids["t"], input=user_input("call survey"))
+        ids["a"] = client.post("/attachments", files=form(b"abc")).json()["id"]
+        return {**ids, "q": asked[-1]["item"]["id"]}
+
+    def check(content: bytes, response: httpx.Response) -> None:
+        if response.status_code != 200:
+            assert 400 <= response.status_code < 500, response.status_code
+            assert isinstance(response.json()["detail"], str) and response.json()["detail"]
+        elif response.headers["content-type"].startswith("text/event-stream"):
+            if "type" in json.loads(content):
+                assert "stream_options" in kinds(validated("", chatkit_events(response.text)))
+        else:
+            validated(json.loads(content)["type"], response.json())
+
+    agent = Agent(name="Demo", model=ck.DemoModel(delay=0), tools=PROTOCOL_TOOLS)
+
+    async def transcribe(audio: bytes, media_type: str) -> str:
+        return "hello"
+
+    with in_process(agent, on_action=redraw, transcribe=transcribe) as client:
+        for _ in range(40):
+            ids = prepare(client)
+            for _ in range(60):
+                operation, params = chance.choice(list(VALID.items()))
+                content = mutated(chance, {"type": operation, "params": filled(params, ids)})
+                try:
+                    response = client.post("/chatkit", content=content, headers={"Content-Type": "application/json"})
+                    statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+                    check(content, response)
+                except Exception as error:
+                    failed.append((content[:300], repr(error)[:300]))
+    assert not failed, f"{len(failed)}: " + "\n".join(map(str, failed[:10]))
+    assert statuses[200] > 300 and statuses[400] > 300 and statuses[404] > 100 and statuses[409] > 20, statuses
