@@ -118,7 +118,7 @@ try:
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
     from starlette.middleware.cors import CORSMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as missing:
@@ -284,6 +284,8 @@ class Store:
         self.path = str(path)
         self._connection: aiosqlite.Connection | None = None
         self._lock = asyncio.Lock()
+        self._file = os.path.abspath(path)  # whatever becomes of the working directory
+        self._gave_up = 0.0  # when a writer last waited for another program's lock in vain
         self._inode: tuple[int, int] | None = None  # of the open file: to notice when it is deleted under us
 
     async def __aenter__(self) -> Store:
@@ -312,17 +314,26 @@ class Store:
                 raise
             raise StoreError(f"Cannot use {self.path} as the database: {error}.") from error
         if self.path != ":memory:":
-            status = os.stat(self.path)
+            status = os.stat(self._file)
             self._inode = (status.st_dev, status.st_ino)
 
     async def _prepare(self) -> None:
         await self._read("PRAGMA busy_timeout = 5000")
+        # In this order: another process that makes the same file at this moment commits tables and version together.
+        tables = {row[0] for row in await self._read("SELECT name FROM sqlite_schema")}
         version = (await self._read("PRAGMA user_version"))[0][0]
         if version > SCHEMA_VERSION:
             raise StoreError(f"{self.path} was written by a newer version (schema {version}, not {SCHEMA_VERSION}).")
-        if version == 0 and await self._read("SELECT 1 FROM sqlite_schema LIMIT 1"):
+        if tables and not (version and {"conversations", "messages"} <= tables):
             raise StoreError(f"{self.path} is a database of something else; name another file.")
-        await self._read("PRAGMA journal_mode = WAL")
+        for attempt in range(50):  # SQLite itself does not wait here, while another process does the same
+            try:
+                await self._read("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if attempt == 49 or "locked" not in str(error):
+                    raise
+                await asyncio.sleep(0.1)
         await self._read("PRAGMA synchronous = NORMAL")
         await self._read("PRAGMA foreign_keys = ON")
         if version < SCHEMA_VERSION:
@@ -349,15 +360,32 @@ class Store:
         return list(await self._connection.execute_fetchall(sql, values))
 
     async def _write(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        async with self._writing():
+            return await self._read(sql, *values)
+
+    @contextlib.asynccontextmanager
+    async def _writing(self) -> AsyncIterator[None]:
+        """One writer at a time.
+
+        SQLite waits five seconds for another program's lock. Whoever stood in line behind a writer that waited in vain
+        is told the same at once: else the tenth in the line would wait fifty.
+        """
+        came = time.monotonic()
         async with self._lock:
             self._check_file()
-            return await self._read(sql, *values)
+            if self._gave_up > came:
+                raise sqlite3.OperationalError("database is locked")
+            try:
+                yield
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    self._gave_up = time.monotonic()
+                raise
 
     @contextlib.asynccontextmanager
     async def _transaction(self) -> AsyncIterator[None]:
         """Statements that stand or fall together; inside it, use `_read` for all of them."""
-        async with self._lock:
-            self._check_file()
+        async with self._writing():
             try:
                 await self._read("BEGIN IMMEDIATE")
                 yield
@@ -372,7 +400,7 @@ class Store:
         if self._inode is None:
             return
         try:
-            status = os.stat(self.path)
+            status = os.stat(self._file)
         except OSError:
             raise StoreError("The database file is gone. Stop the server and start it again.") from None
         if (status.st_dev, status.st_ino) != self._inode:
@@ -397,6 +425,8 @@ class Store:
     async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
         """Those whose title, or one of whose messages, has all these words, or words that begin so."""
         terms = " AND ".join('"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split())
+        if not terms:
+            return []
         query = f'owner : "{user_id.encode().hex().upper()}" AND body : ({terms})'
         sql = """
             WITH hits AS (
@@ -556,14 +586,23 @@ class Store:
             ORDER BY id"""
         return [_message(row) for row in await self._read(sql, conversation_id, user_id)]
 
-    async def end_messages(self, user_id: str, conversation_id: int, was: str, status: str) -> list[Row]:
-        """Whatever still has the status `was`, streaming or pending, gets another; the rows that did."""
+    async def end_unfinished(self, user_id: str, conversation_id: int) -> list[Row]:
+        """What waits for the person's side gets cancelled; what could not be saved to its end, interrupted."""
         sql = """
-            UPDATE messages SET status = ?
-            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND status = ?
+            UPDATE messages SET status = CASE status WHEN 'pending' THEN 'cancelled' ELSE 'interrupted' END
+            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?)
                 AND status IN ('streaming', 'pending')
             RETURNING *"""
-        return [_message(row) for row in await self._write(sql, status, conversation_id, user_id, was)]
+        return [_message(row) for row in await self._write(sql, conversation_id, user_id)]
+
+    async def end_streaming(self, user_id: str, conversation_id: int, status: str) -> list[Row]:
+        """What is still being written gets another status; the rows that did."""
+        sql = """
+            UPDATE messages SET status = ?
+            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?)
+                AND status = 'streaming' AND status IN ('streaming', 'pending')
+            RETURNING *"""
+        return [_message(row) for row in await self._write(sql, status, conversation_id, user_id)]
 
     async def delete_messages_after(self, user_id: str, conversation_id: int, message_id: int) -> None:
         sql = """
@@ -1636,9 +1675,12 @@ class Draft:
             delta, self._held = _mend(self._held + delta)
         if delta:
             self._parts.append(delta)
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(SAVE_EVERY, self._save_soon)
+            self._schedule()
         return delta
+
+    def _schedule(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SAVE_EVERY, self._save_soon)
 
     @property
     def text(self) -> str:
@@ -1650,11 +1692,15 @@ class Draft:
         self._timer = None
         if self._saving is None or self._saving.done():
             self._saving = asyncio.get_running_loop().create_task(self._save())
+        else:
+            self._schedule()  # it had to wait, and does not have what was said since
 
     async def _save(self) -> None:
         try:
             await self.turn.chat.store.update_message(self.turn.user_id, self.id, content=self.text)
-        except (sqlite3.Error, StoreError) as error:  # the next save has this text as well, and the last one must work
+        except (sqlite3.Error, StoreError) as error:
+            if self.turn._draft is self:  # not yet being closed
+                self._schedule()
             log.warning("thread %d: saving the answer so far failed: %s", self.turn.conversation_id, error)
 
     async def close(self, status: str) -> Row:
@@ -1851,7 +1897,7 @@ class Turn:
             return
         await self._close_draft(row_status)
         store = self.chat.store
-        ended = await patiently(lambda: store.end_messages(self.user_id, self.conversation_id, "streaming", row_status))
+        ended = await patiently(lambda: store.end_streaming(self.user_id, self.conversation_id, row_status))
         for row in ended:
             self.emit({"type": "item", "change": "done", "row": row})
         if self._unread and self.user_message is not None:  # so that the next message is not refused for them too
@@ -1907,7 +1953,7 @@ class Turn:
                         if not event.data.delta:
                             continue
                         if self._draft is None or self._draft.row["role"] != "assistant":
-                            await self._open_draft("assistant")
+                            await self._open_draft("assistant", event.data.delta)
                         draft = cast(Draft, self._draft)
                         delta = draft.add(event.data.delta)
                         if delta:
@@ -1973,7 +2019,7 @@ class Turn:
 
     async def _say(self, role: str, text: str) -> None:
         if self._draft is None or self._draft.row["role"] != role:
-            await self._open_draft(role)
+            await self._open_draft(role, text)
         draft = cast(Draft, self._draft)
         text = draft.add(text)
         if text and role == "assistant":
@@ -1981,11 +2027,11 @@ class Turn:
         elif text:
             self.emit({"type": "thinking", "content": text})
 
-    async def _open_draft(self, role: str) -> None:
-        """A row for what the model begins to say. Its id is ours: most models call every message `__fake_id__`."""
+    async def _open_draft(self, role: str, text: str) -> None:
+        """A row that begins with `text`. Its id is ours: most models call every message `__fake_id__`."""
         await self._close_draft("done")
         self._step_open = True
-        row = await self._add_row(role, status="streaming")
+        row = await self._add_row(role, content=text if _is_unicode(text) else "", status="streaming")
         self._draft = Draft(self, row)
         if role == "assistant":
             self._messages_seen += 1
@@ -1999,10 +2045,11 @@ class Turn:
             self.emit({"type": "item", "change": "done", "row": await draft.close(status)})
 
     async def _add_row(self, role: str, **columns: Any) -> Row:
-        row = await self.chat.store.add_message(self.user_id, self.conversation_id, role, **columns)
+        store = self.chat.store
+        row = await patiently(lambda: store.add_message(self.user_id, self.conversation_id, role, **columns))
         if row is None:
             raise LookupError("the conversation was deleted")
-        return row
+        return cast(Row, row)
 
     async def announce(self, call_id: str, name: str, arguments: str, provider_data: Row | None = None) -> None:
         """Write down and report a tool call, once. `provider_data` is the SDK's: Gemini's signature of the call."""
@@ -2194,7 +2241,7 @@ class Chat:
                 agent.model if isinstance(agent.model, str) else type(agent.model).__name__))  # fmt: skip
         self.agent = agent
         self.turns: dict[int, Turn] = {}  # those that are running, by conversation id
-        self._beginning = 0  # conversations that are being made for a turn
+        self._beginning: list[str] = []  # whose conversations are being made for a turn
         self._keeper: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._owns_store = store is None
@@ -2283,10 +2330,10 @@ class Chat:
         return turn
 
     def _check_room(self, caller: Caller) -> None:
-        if len(self.turns) + self._beginning >= self.settings.max_concurrent_turns:
+        if len(self.turns) + len(self._beginning) >= self.settings.max_concurrent_turns:
             raise Refused(503, "The server is busy. Try again in a moment.", retry_after=5)
-        mine = sum(turn.user_id == caller.user_id for turn in self.turns.values()) if caller.by_token else 0
-        if mine >= self.settings.max_turns_per_user:
+        mine = [*self._beginning, *(turn.user_id for turn in self.turns.values())].count(caller.user_id)
+        if caller.by_token and mine >= self.settings.max_turns_per_user:
             raise Refused(429, "Too many answers are being written for you at once.", retry_after=5)
 
     def forget(self, turn: Turn) -> None:
@@ -2322,11 +2369,11 @@ class Chat:
                     _, row = await self.store.add_user_message(user_id, conversation_id, title, text, extra, files)
             else:
                 self._check_room(caller)
-                self._beginning += 1
+                self._beginning.append(user_id)
                 try:
                     conversation, row = await self.store.add_user_message(user_id, None, title, text, extra, files)
                 finally:
-                    self._beginning -= 1
+                    self._beginning.remove(user_id)
                 turn = self._register(Turn(self, user_id, conversation, caller.locale))
         except LookupError as error:
             raise Refused(404, str(error)) from None
@@ -2346,7 +2393,7 @@ class Chat:
 
     async def _close_pending(self, turn: Turn) -> None:
         """What the person's side was asked for and did not give: the model is told, and nobody waits any more."""
-        for row in await self.store.end_messages(turn.user_id, turn.conversation_id, "pending", "cancelled"):
+        for row in await self.store.end_unfinished(turn.user_id, turn.conversation_id):
             turn.emit({"type": "item", "change": "replaced", "row": row})
 
     async def begin_retry(self, caller: Caller, conversation_id: int, message_id: int | None = None) -> Turn:
@@ -3203,7 +3250,8 @@ async def read_file(request: Request, limit: int) -> tuple[str, str, bytes]:
         data = await file.read()
         if len(data) > limit:
             raise Refused(413, f"A file may have {limit:,} bytes")
-        return (file.filename or "file")[:255], file.content_type or "", data
+        name = (file.filename or "file")[:255]
+        return (name if _is_unicode(name) else "file"), file.content_type or "", data  # charset=utf-7 makes halves
     finally:
         await form.close()
 
@@ -3231,6 +3279,8 @@ async def read_json(request: Request, audio_limit: int = MAX_BODY) -> Row:
         raise Refused(400, "Invalid JSON") from None
     if not isinstance(value, dict):
         raise Refused(400, "Invalid JSON")
+    if len(body) > MAX_BODY and value.get("type") != "input.transcribe":
+        raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
     if not is_shallow(value):
         raise Refused(400, f"The JSON is nested more than {MAX_DEPTH} levels deep")
     return value
@@ -3287,7 +3337,9 @@ class Gate:
         come from a foreign page. Addresses that are not IP addresses are those of tests, or of a Unix socket.
         """
         server = request.scope.get("server") or ("", None)
-        host = request.headers.get("host", "")
+        host, *more = request.headers.getlist("host") or [""]
+        if more:
+            raise Refused(400, "Give one Host")
         if not self.chat.settings.needs_token and is_ip(server[0]):
             if not is_loopback(server[0]):
                 raise Refused(403, "Without CHATKIT_JWT_SECRET this server answers on loopback only")
@@ -3326,6 +3378,8 @@ def is_loopback(host: str) -> bool:
 
 def failure(chat: Chat, error: Exception) -> Response:
     """The response for what a route raised."""
+    if isinstance(error, ClientDisconnect):
+        error = Refused(400, "The request broke off")  # nobody is there to read it; the log says it
     if isinstance(error, Refused):
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
         if error.retry_after is not None:
@@ -3419,6 +3473,8 @@ class PublicKeys:
             known = any(key.key_id == key_id for key in self._keys)
             if age > self.KEEP or (not known and age > self.AT_MOST_EVERY):
                 await self._fetch()
+            if not self._keys:
+                raise Refused(503, "Tokens cannot be checked right now", retry_after=int(self.AT_MOST_EVERY) + 1)
         fits = [key for key in self._keys if key.algorithm_name == algorithm]
         if key_id is None:
             return fits[0].key if len(fits) == 1 else None
@@ -3430,10 +3486,8 @@ class PublicKeys:
         try:
             found = await asyncio.to_thread(jwt.PyJWKClient(self.url, cache_jwk_set=False, timeout=5).get_jwk_set)
             self._keys = found.keys
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OSError) as error:  # it may answer with anything
             log.warning("the keys at CHATKIT_JWKS_URL cannot be fetched: %s", error)
-            if not self._keys:
-                raise Refused(503, "Tokens cannot be checked right now", retry_after=10) from None
         self._fetched = time.monotonic()
 
 
@@ -3510,6 +3564,7 @@ def create_app(
         expose_headers=["X-Thread-Id", "Retry-After"],
     )
 
+    @app.exception_handler(ClientDisconnect)
     @app.exception_handler(Refused)
     @app.exception_handler(StoreError)
     @app.exception_handler(sqlite3.Error)
