@@ -43,6 +43,7 @@ import asyncio
 import base64
 import contextlib
 import errno
+import gc
 import hashlib
 import ipaddress
 import json
@@ -60,7 +61,7 @@ import urllib.parse
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
 
 try:
     import aiosqlite
@@ -261,6 +262,7 @@ UPGRADES = {
 
 SEARCH_DEPTH = 1000  # the newest hits that a search looks at: its time does not grow with the file
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Page = tuple[list[Row], bool]  # the rows, and whether there are more
 
@@ -277,7 +279,7 @@ class Store:
 
     One connection serves all coroutines, in autocommit: were it not, a BEGIN in one and an INSERT in another would
     become one transaction, and a rollback would take the stranger's row along. A write is one statement; the few
-    that are more stand inside `_transaction()`, and every write takes the same lock.
+    that are more go to `_transaction()`, which runs them in one go.
     """
 
     def __init__(self, path: str | Path = "chatkit.db") -> None:
@@ -363,6 +365,31 @@ class Store:
         async with self._writing():
             return await self._read(sql, *values)
 
+    async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Statements that stand or fall together: `work` runs in the connection's thread, which does nothing between.
+
+        It is one hop to that thread; one for each statement would each wait for the interpreter under load. No cursor
+        may leave the thread: its end elsewhere would disturb SQLite. aiosqlite has no public way to do this.
+        """
+        connection = self._connection
+        if connection is None:
+            raise StoreError("The database is closed.")
+
+        def run() -> T:
+            db = connection._conn
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                result = work(db)
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite has rolled back already, on a full disk
+                    db.execute("ROLLBACK")
+                raise
+            return result
+
+        async with self._writing():
+            return cast(T, await connection._execute(run))  # type: ignore[no-untyped-call]  # see above
+
     @contextlib.asynccontextmanager
     async def _writing(self) -> AsyncIterator[None]:
         """One writer at a time.
@@ -380,19 +407,6 @@ class Store:
             except sqlite3.OperationalError as error:
                 if "locked" in str(error):
                     self._gave_up = time.monotonic()
-                raise
-
-    @contextlib.asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[None]:
-        """Statements that stand or fall together; inside it, use `_read` for all of them."""
-        async with self._writing():
-            try:
-                await self._read("BEGIN IMMEDIATE")
-                yield
-                await self._read("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.OperationalError):  # SQLite has rolled back already, on a full disk
-                    await self._read("ROLLBACK")
                 raise
 
     def _check_file(self) -> None:
@@ -424,10 +438,18 @@ class Store:
 
     async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
         """Those whose title, or one of whose messages, has all these words, or words that begin so."""
-        terms = " AND ".join('"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split())
-        if not terms:
+        owner, tokens = user_id.encode().hex().upper(), words.replace("\0", " ").split()
+        if not tokens:
             return []
-        query = f'owner : "{user_id.encode().hex().upper()}" AND body : ({terms})'
+
+        def query(ending: str) -> str:
+            terms = " AND ".join('"' + token.replace('"', '""') + f'"{ending}' for token in tokens)
+            return f'owner : "{owner}" AND body : ({terms})'
+
+        # A word that is everywhere is found at once as a whole, but slowly as the beginning of others.
+        sql = "SELECT rowid FROM message_search WHERE message_search MATCH ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
+        everywhere = await self._read(sql, query(""), SEARCH_DEPTH - 1)
+        match = query("" if everywhere else "*")
         sql = """
             WITH hits AS (
                 SELECT m.conversation_id AS id FROM (
@@ -440,7 +462,7 @@ class Store:
             )
             SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?
             ORDER BY c.updated_at DESC, c.id DESC LIMIT ? OFFSET ?"""
-        values = (query, SEARCH_DEPTH, query, SEARCH_DEPTH, user_id, limit, offset)
+        values = (match, SEARCH_DEPTH, match, SEARCH_DEPTH, user_id, limit, offset)
         return [dict(row) for row in await self._read(sql, *values)]
 
     async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> Page:
@@ -482,29 +504,37 @@ class Store:
         The attachments become the message's; what a message needs to know of them is in its extra. Raises LookupError
         where the user has no such conversation, or no such uploaded file that is not yet sent.
         """
-        wanted = json.dumps(attachment_ids or [])
-        async with self._transaction():
+        wanted = json.dumps(attachment_ids)
+
+        def work(db: sqlite3.Connection) -> tuple[Row, Row]:
             if conversation_id is None:
                 sql = "INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *"
-                conversation = _first(await self._read(sql, user_id, title))
+                conversation = _first(db.execute(sql, (user_id, title)).fetchall())
             else:
-                conversation = await self.conversation(user_id, conversation_id)
+                sql = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
+                conversation = _first(db.execute(sql, (conversation_id, user_id)).fetchall())
             if conversation is None:
                 raise LookupError("Conversation not found")
+            columns = extra
             if attachment_ids:
                 sql = """
                     SELECT a.id, a.key, a.name, a.mime_type, a.size
                     FROM json_each(?) w JOIN attachments a ON a.id = w.value
                     WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL"""
-                files = [dict(file) for file in await self._read(sql, wanted, user_id)]
+                files = [dict(file) for file in db.execute(sql, (wanted, user_id))]
                 if len(files) < len(attachment_ids):
                     raise LookupError("Attachment not found")
-                extra = {**(extra or {}), "attachments": files}
+                columns = {**(extra or {}), "attachments": files}
             sql = "INSERT INTO messages (conversation_id, role, content, extra) VALUES (?, 'user', ?, ?) RETURNING *"
-            message = _message((await self._read(sql, conversation["id"], content, _json(extra)))[0])
-            sql = "UPDATE attachments SET message_id = ? WHERE user_id = ? AND id IN (SELECT value FROM json_each(?))"
-            await self._read(sql, message["id"], user_id, wanted)
-        return conversation, message
+            message = _message(db.execute(sql, (conversation["id"], content, _json(columns))).fetchall()[0])
+            if attachment_ids:
+                sql = """
+                    UPDATE attachments SET message_id = ?
+                    WHERE user_id = ? AND id IN (SELECT value FROM json_each(?))"""
+                db.execute(sql, (message["id"], user_id, wanted))
+            return conversation, message
+
+        return await self._transaction(work)
 
     async def add_message(
         self,
@@ -541,6 +571,18 @@ class Store:
             WHERE id = ? AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = conversation_id AND c.user_id = ?)
             RETURNING *"""
         return _first(await self._write(sql, content, status, role, _json(extra), message_id, user_id), _message)
+
+    async def save_texts(self, texts: list[tuple[str, int, str]]) -> None:
+        """The content of messages that grow, of many turns at once; each with the message's id and the user's."""
+        sql = """
+            UPDATE messages SET content = ?
+            WHERE id = ? AND status = 'streaming'
+                AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = conversation_id AND c.user_id = ?)"""
+
+        def work(db: sqlite3.Connection) -> None:  # no cursor leaves the thread: its end elsewhere would disturb SQLite
+            db.executemany(sql, texts)
+
+        await self._transaction(work)
 
     async def message(self, user_id: str, conversation_id: int, message_id: int) -> Row | None:
         """One item, hidden context excepted."""
@@ -1658,16 +1700,15 @@ STOP_REASONS: dict[str, tuple[tuple[str, str, bool] | None, str, str]] = {
 
 
 class Draft:
-    """A row whose text is still growing; the file is at most SAVE_EVERY behind."""
+    """A row whose text is still growing; Chat.save_soon() keeps the file at most SAVE_EVERY behind."""
 
     def __init__(self, turn: Turn, row: Row) -> None:
         self.turn = turn
         self.row = row
         self.id: int = row["id"]
+        self.closed = False
         self._parts: list[str] = []
         self._held = ""  # the first half of a character that a provider cut in two
-        self._timer: asyncio.TimerHandle | None = None
-        self._saving: asyncio.Task[None] | None = None
 
     def add(self, delta: str) -> str:
         """Take a delta; what of it can be shown comes back."""
@@ -1675,12 +1716,9 @@ class Draft:
             delta, self._held = _mend(self._held + delta)
         if delta:
             self._parts.append(delta)
-            self._schedule()
+            if self not in self.turn.chat.unsaved:
+                self.turn.chat.save_soon(self)
         return delta
-
-    def _schedule(self) -> None:
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SAVE_EVERY, self._save_soon)
 
     @property
     def text(self) -> str:
@@ -1688,27 +1726,10 @@ class Draft:
         self._parts = [text]
         return text
 
-    def _save_soon(self) -> None:
-        self._timer = None
-        if self._saving is None or self._saving.done():
-            self._saving = asyncio.get_running_loop().create_task(self._save())
-        else:
-            self._schedule()  # it had to wait, and does not have what was said since
-
-    async def _save(self) -> None:
-        try:
-            await self.turn.chat.store.update_message(self.turn.user_id, self.id, content=self.text)
-        except (sqlite3.Error, StoreError) as error:
-            if self.turn._draft is self:  # not yet being closed
-                self._schedule()
-            log.warning("thread %d: saving the answer so far failed: %s", self.turn.conversation_id, error)
-
     async def close(self, status: str) -> Row:
         """The final row, saved. Raises sqlite3.Error or StoreError."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._saving is not None:
-            await asyncio.wait([self._saving])
+        self.closed = True
+        self.turn.chat.unsaved.discard(self)
         store, user_id = self.turn.chat.store, self.turn.user_id
         row = await patiently(lambda: store.update_message(user_id, self.id, content=self.text, status=status))
         return row or {**self.row, "content": self.text, "status": status}  # None: the conversation was deleted
@@ -1924,15 +1945,7 @@ class Turn:
             context=self.context,
             max_turns=settings.max_steps,
             hooks=ToolHooks(self),
-            run_config=RunConfig(
-                model=chat.models.get_model(self.model) if self.model else None,
-                model_provider=chat.models,
-                # Usage is zero from chat completions unless one asks for it.
-                model_settings=ModelSettings(include_usage=True, tool_choice=self.tool_choice),
-                tracing_disabled=not settings.tracing,
-                tool_not_found_behavior="return_error_to_model",
-                tool_error_formatter=self._tool_error,
-            ),
+            run_config=chat.run_config(self.model, self.tool_choice),
         )
         if self._stopped:
             run.cancel()
@@ -2103,16 +2116,6 @@ class Turn:
         if row is not None:
             self.emit({"type": "item", "change": "done", "row": row})
 
-    def _tool_error(self, args: ToolErrorFormatterArgs[Any]) -> str | None:
-        """What the model, and so perhaps the person, is told of a tool that raised: not the exception's text."""
-        if args.kind != "tool_exception":
-            return None
-        if isinstance(args.error, ModelBehaviorError):
-            return json.dumps({"error": f"These arguments do not fit the parameters of {args.tool_name}."})
-        if args.error is not None:
-            self.chat.log_exception(f"thread {self.conversation_id}: the tool {args.tool_name} failed", args.error)
-        return json.dumps({"error": f"The tool {args.tool_name} failed."})
-
     def hand_over(self) -> None:
         """End the run after this step: a tool has asked the person's side for something."""
         if self._run is not None:
@@ -2241,6 +2244,9 @@ class Chat:
                 agent.model if isinstance(agent.model, str) else type(agent.model).__name__))  # fmt: skip
         self.agent = agent
         self.turns: dict[int, Turn] = {}  # those that are running, by conversation id
+        self.unsaved: set[Draft] = set()  # those with text that is not in the file
+        self._saving: asyncio.Task[None] | None = None
+        self._run_configs: dict[tuple[str | None, str | None], RunConfig] = {}
         self._beginning: list[str] = []  # whose conversations are being made for a turn
         self._keeper: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -2269,6 +2275,8 @@ class Chat:
             await asyncio.get_running_loop().create_future()
         finally:
             await self.stop_turns()
+            if self._saving is not None:
+                self._saving.cancel()
             if self._owns_store:
                 await self.store.close()
             await self.models.close()
@@ -2291,6 +2299,50 @@ class Chat:
         """A line and a traceback for the log, without the secrets that providers like to quote."""
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
         log.error("%s\n%s", what, redact(text, self.secrets))
+
+    # ---- what all turns share
+
+    def save_soon(self, draft: Draft) -> None:
+        """Save a draft's text within SAVE_EVERY, all drafts at once: a hop to the store for each was costly."""
+        self.unsaved.add(draft)
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.get_running_loop().create_task(self._save_drafts())
+
+    async def _save_drafts(self) -> None:
+        while self.unsaved:
+            await asyncio.sleep(SAVE_EVERY)
+            drafts, self.unsaved = self.unsaved, set()
+            try:  # what close() saves stands in line behind this
+                await self.store.save_texts([(draft.text, draft.id, draft.turn.user_id) for draft in drafts])
+            except (sqlite3.Error, StoreError) as error:
+                log.warning("saving %d answers so far failed: %s", len(drafts), error)
+                self.unsaved |= {draft for draft in drafts if not draft.closed}
+
+    def run_config(self, model: str | None, tool_choice: str | None) -> RunConfig:
+        """What the SDK is told of a run. Kept: making one takes as long as all else that it does before the model."""
+        key = model, tool_choice
+        if key not in self._run_configs:
+            self._run_configs[key] = RunConfig(
+                model=self.models.get_model(model) if model else None,
+                model_provider=self.models,
+                # Usage is zero from chat completions unless one asks for it.
+                model_settings=ModelSettings(include_usage=True, tool_choice=tool_choice),
+                tracing_disabled=not self.settings.tracing,
+                tool_not_found_behavior="return_error_to_model",
+                tool_error_formatter=self._tool_error,
+            )
+        return self._run_configs[key]
+
+    def _tool_error(self, args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
+        """What the model, and so perhaps the person, is told of a tool that raised: not the exception's text."""
+        if args.kind != "tool_exception":
+            return None
+        if isinstance(args.error, ModelBehaviorError):
+            return json.dumps({"error": f"These arguments do not fit the parameters of {args.tool_name}."})
+        if args.error is not None:
+            conversation_id = args.run_context.context.conversation_id
+            self.log_exception(f"thread {conversation_id}: the tool {args.tool_name} failed", args.error)
+        return json.dumps({"error": f"The tool {args.tool_name} failed."})
 
     # ---- beginning a turn
 
@@ -2377,16 +2429,17 @@ class Chat:
                 turn = self._register(Turn(self, user_id, conversation, caller.locale))
         except LookupError as error:
             raise Refused(404, str(error)) from None
-        self._answer(turn, row)
+        self._answer(turn, row, new=conversation_id is None)
         return turn
 
-    def _answer(self, turn: Turn, user_message: Row) -> None:
+    def _answer(self, turn: Turn, user_message: Row, *, new: bool = False) -> None:
         turn.user_message = user_message
         turn.model = user_message["extra"].get("model")
         turn.tool_choice = user_message["extra"].get("tool_choice")
 
         async def work() -> None:
-            await self._close_pending(turn)
+            if not new:
+                await self._close_pending(turn)
             await turn.answer()
 
         turn.start(work)
@@ -3139,6 +3192,9 @@ async def rename(chat: Chat, user_id: str, conversation_id: int, title: object) 
 
 KEEP_ALIVE = 15.0  # seconds of silence after which a comment keeps proxies from closing a stream
 COALESCE = 0.008  # seconds between two chunks of a stream that flows: nobody sees it, and a hundred streams feel it
+COALESCE_EACH = 0.00025  # or this for each stream that runs, if that is more: at 200 it saves a tenth of the CPU
+COALESCE_MOST = 0.1
+CHUNK = 1000  # events in one chunk at most: a reader that stopped reading keeps one in memory, not the whole answer
 MAX_BODY = 1024 * 1024  # bytes
 
 
@@ -3181,10 +3237,11 @@ class EventStream(Response):
             last, flowing = loop.time(), False
             while not left.done():
                 if len(turn.events) > self.seen:
-                    pause = last + COALESCE - loop.time()
+                    rest = min(max(COALESCE, COALESCE_EACH * len(turn.chat.turns)), COALESCE_MOST)
+                    pause = last + rest - loop.time()
                     if flowing and pause > 0 and not turn.finished:
                         await asyncio.sleep(pause)
-                    events = turn.events[self.seen :]
+                    events = turn.events[self.seen : self.seen + CHUNK]
                     await write(self.encoder.encode(self.seen, events))
                     self.seen += len(events)
                     last, flowing = loop.time(), events[-1]["type"] == "text"
@@ -3813,7 +3870,6 @@ PAGE = r"""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>ChatKit</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cpath
  fill='%230b6e66' d='M7 4h18a5 5 0 0 1 5 5v9a5 5 0 0 1-5 5H14l-7 6v-6a5 5 0 0 1-5-5V9a5 5 0 0 1 5-5z'/%3E%3C/svg%3E">
@@ -3821,256 +3877,192 @@ PAGE = r"""<!DOCTYPE html>
 :root { color-scheme: light dark; --bg: light-dark(#fff, #1b1c1d); --side: light-dark(#f7f7f5, #151617);
   --line: light-dark(#e5e4e0, #333537); --text: light-dark(#1f1e1c, #e8e7e4); --muted: light-dark(#66635d, #a5a39e);
   --soft: light-dark(#eef3f2, #263130); --hover: light-dark(#ecebe8, #26282a); --accent: light-dark(#0b6e66, #74cfc3);
-  --on-accent: light-dark(#fff, #06231f); --danger: light-dark(#a8201a, #ffa69e); --warn: light-dark(#855300, #eec46f); }
-* { box-sizing: border-box; }
+  --back: light-dark(#fff, #06231f); --danger: light-dark(#a8201a, #ffa69e); --warn: light-dark(#855300, #eec46f); }
+* { box-sizing: border-box; overflow-wrap: anywhere; }
 body { margin: 0; height: 100dvh; display: flex; overflow: hidden; background: var(--bg); color: var(--text);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-[hidden], .row button, body:not(.demo) .demo-only { display: none !important; }
-button, input, textarea, fieldset, .tool, .notice, .failed, .code, #box, #model, dialog {
+[hidden], .row button, body:not(.demo) .demo, body:has(#tasks:not([hidden])) .widget { display: none !important; }
+button, input, textarea, fieldset, .tool, .notice, .code, #box, #model, dialog {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
-button { cursor: pointer; padding: .35rem .8rem; }
+button { cursor: pointer; padding: .35rem .8rem; white-space: nowrap; flex: none; }
 button:disabled { opacity: .5; cursor: default; }
-button:hover, .new:hover, .row:hover, .row.current { background: var(--hover); }
-button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button:hover, .new:hover, .row:hover, .current { background: var(--hover); }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--back); }
 button.icon { border: 0; padding: .4rem; line-height: 0; color: var(--muted); background: none; }
 input, textarea { width: 100%; padding: .5rem .75rem; }
 [type=checkbox], [type=radio] { width: 1.05rem; height: 1.05rem; margin: 0; flex: none; accent-color: var(--accent); }
-svg { width: 1.2rem; height: 1.2rem; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
-  stroke-linecap: round; stroke-linejoin: round; }
-a { color: var(--accent); text-underline-offset: 2px; }
-h1, h2 { font-size: 1rem; font-weight: 600; margin: 0; }
+svg { width: 1.2em; height: 1.2em; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75; }
+a { color: var(--accent); } #box:focus-within { border-color: var(--accent); } h1, h2 { font-size: 1rem; margin: 0; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-::placeholder { color: var(--muted); opacity: 1; }
-.quiet { color: var(--muted); font-size: .875rem; margin: 0; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+::placeholder, .quiet, .widget, #model, dialog p { color: var(--muted); opacity: 1; }
+.quiet, .widget, #model { font-size: .875rem; margin: 0; }
 /* The side panels: popovers on narrow screens (Esc and a click outside close them), columns on wide ones. */
 .panel { position: fixed; inset: 0 auto 0 0; margin: 0; width: min(18rem, 86vw); height: 100dvh; padding: 1rem;
   border: 0; background: var(--side); color: var(--text); flex-direction: column; gap: .7rem; overflow-y: auto; }
-.panel:popover-open { display: flex; }
-.panel::backdrop, dialog::backdrop { background: #0006; }
-.panel ul { list-style: none; margin: 0; padding: 0; }
-.new, .row, fieldset label, #tasks label { display: flex; align-items: center; gap: .6rem; border-radius: .7rem; }
-.new, .row a { color: inherit; text-decoration: none; border-radius: .7rem; padding: .4rem .6rem; }
-.new { font-weight: 550; }
+.panel::backdrop, dialog::backdrop { background: #0006; } .panel ul { list-style: none; margin: 0; padding: 0; }
+.new, .row, label, header, summary, .code > div { display: flex; align-items: center; gap: .6rem; }
+.new, .row { border-radius: .7rem; } .new, .row a { color: inherit; text-decoration: none; padding: .4rem .6rem; }
 .row { gap: 0; font-size: .925rem; }
-.row a, h1 { flex: 1; }
-.row a, h1, #model { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .row:is(.current, :hover, :focus-within) button { display: block !important; }
-.row svg { width: 1rem; height: 1rem; }
-#tasks { inset: 0 0 0 auto; padding: 1.1rem 1.25rem; }
-#tasks label, fieldset label { padding: .3rem 0; overflow-wrap: anywhere; }
+#tasks { left: auto; right: 0; }
 #tasks :checked + span { color: var(--muted); text-decoration: line-through; }
+.panel:popover-open { display: flex; }
 @media (min-width: 50rem) { #sidebar { position: static; display: flex; flex: 0 0 17rem; } #menu { display: none; } }
 @media (min-width: 70rem) { #tasks { position: static; display: flex; flex: 0 0 16rem; } #toTasks { display: none; } }
 /* The conversation */
 main { flex: 1; min-width: 0; display: flex; flex-direction: column; }
-header { display: flex; align-items: center; gap: .6rem; padding: .6rem 1.25rem; min-height: 3.5rem; }
-#model { color: var(--muted); font-size: .8125rem; padding: .1rem .65rem; border-radius: 1rem; }
-#banner { margin: 0; padding: .4rem; text-align: center; font-size: .9rem; color: var(--warn); background: var(--side); }
+header { padding: .6rem 1.25rem; min-height: 3.5rem; } #model { padding: .1rem .65rem; border-radius: 1rem; }
+#banner { margin: 0; padding: .4rem; text-align: center; color: var(--warn); background: var(--side); }
 #scroller { flex: 1; overflow: hidden auto; outline-offset: -3px; }
-#log, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 1rem 1.25rem; }
-#log > * { margin-bottom: 1.25rem; overflow-wrap: anywhere; }
-#welcome { text-align: center; padding-top: 14vh; }
+#log, #thinking, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 0 1.25rem .75rem; }
+#log > * { margin: 1.25rem 0; } #welcome { text-align: center; padding: 14vh 1.25rem 0; }
 #welcome h2 { font-size: 1.6rem; margin-bottom: .4rem; }
-#welcome .quiet { margin-bottom: .8rem; }
-#welcome button { border-radius: 1.2rem; padding: .4rem 1rem; margin: .3rem; }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; white-space: pre-wrap;
+#welcome button { border-radius: 1.2rem; padding: .4rem 1rem; margin: .7rem .2rem 0; }
+#log > .user { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; white-space: pre-wrap;
   background: var(--soft); border-radius: 1.2rem 1.2rem .3rem 1.2rem; }
-.assistant > :first-child { margin-top: 0; }
-.assistant :is(p, li) { margin: 0 0 .75rem; white-space: pre-line; }
-.assistant li { margin: .25rem 0; }
-.assistant :is(h3, h4, h5, h6) { font-size: 1.1rem; line-height: 1.4; margin: 1.5rem 0 .5rem; }
-.assistant :is(ul, ol) { margin: 0 0 .75rem; padding-left: 1.6rem; }
-blockquote { margin: 0 0 .75rem; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--muted); }
-hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; }
+.assistant :is(p, ul, ol) { margin: 0 0 .75rem; padding: 0; white-space: pre-line; }
+.assistant li { margin: .25rem 0 .25rem 1.5rem; } .assistant li :is(ul, ol) { margin: 0; }
+.assistant :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
 code, pre { font: .875em/1.5 ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, monospace; }
 :not(pre, summary) > code { background: var(--hover); border-radius: .35rem; padding: .1em .35em; }
-pre { margin: 0; padding: .8rem 1rem; overflow: auto; overflow-wrap: normal; }
-pre > code { font: inherit; }
-.code { margin: .5rem 0 .9rem; background: var(--side); overflow: hidden; }
-.code > div { display: flex; align-items: center; justify-content: space-between; padding: .3rem .4rem .3rem 1rem;
-  border-bottom: 1px solid var(--line); color: var(--muted); font-size: .8125rem; }
-.code button { padding: .05rem .6rem; }
-.tool { font-size: .9rem; }
-.tool summary { display: flex; align-items: center; gap: .6rem; padding: .45rem .9rem; cursor: pointer; }
-.tool summary::after { content: ""; margin-left: auto; padding: .2rem; rotate: 45deg; border: solid var(--muted);
-  border-width: 0 1.5px 1.5px 0; }
-.tool[open] summary::after { rotate: 225deg; }
-.tool div { padding: .2rem .9rem 0; color: var(--muted); font-size: .8125rem; }
+pre { margin: 0; padding: .8rem 1rem; overflow: auto; overflow-wrap: normal; } pre code { font: inherit; }
+.code { margin: .5rem 0 .9rem; background: var(--side); overflow: hidden; } .code button { padding: 0 .6rem; }
+.code > div { justify-content: space-between; padding: .3rem .4rem .3rem 1rem; border-bottom: 1px solid var(--line); }
+.code > div, .tool, #thinking, #problem, #note { font-size: .875rem; }
+summary { padding: .45rem .9rem; cursor: pointer; }
+summary::before { content: ""; padding: .25rem; border-radius: 50%; border: 2px solid var(--muted); }
+summary::after { content: "\25BE"; margin-left: auto; color: var(--muted); }
+.done summary::before { border-color: var(--accent); background: var(--accent); }
+.tool p { padding: .2rem .9rem 0; }
 .tool pre { max-height: 18rem; padding: .2rem .9rem .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.dot { padding: .25rem; flex: none; border-radius: 50%; border: 2px solid var(--accent); background: var(--accent); }
-.stopped .dot { border-color: var(--muted); background: none; }
-.running .dot { border-right-color: transparent; background: none; animation: spin .8s linear infinite; }
-.thinking { color: var(--muted); font-size: .925rem; white-space: pre-line; }
-.thinking span { animation: breathe 1.6s ease-in-out infinite; }
-.notice, .failed, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
+#thinking { white-space: pre-line; }
+.notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; }
 .warning { border-left-color: var(--warn); }
-.danger, .failed { border-left-color: var(--danger); }
-.failed { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; justify-content: space-between; }
-fieldset > div { margin-bottom: .9rem; }
-#composer { position: relative; padding-block: 0 .75rem; }
-#jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; font-size: .875rem; }
-#problem { margin: 0 0 .5rem; color: var(--danger); font-size: .9rem; overflow-wrap: anywhere; }
+.danger { border-left-color: var(--danger); display: flex; justify-content: space-between; align-items: center; }
+fieldset > div { margin-bottom: .9rem; } label { padding: .3rem 0; }
+#problem { margin: 0 0 .5rem; color: var(--danger); }
 #box { display: flex; align-items: flex-end; gap: .4rem; padding: .4rem; border-radius: 1.4rem; }
-#box:focus-within { border-color: var(--accent); }
 #input { border: 0; outline: 0; background: none; resize: none; max-height: 40dvh; padding: .35rem .75rem; }
 #send { border-radius: 50%; padding: .5rem; line-height: 0; }
-#send[aria-label=Stop] svg { fill: currentColor; }
-#note { text-align: center; text-wrap: balance; font-size: .8125rem; margin-top: .6rem; }
-dialog { width: min(26rem, calc(100vw - 2rem)); padding: 1.4rem; border-radius: 1rem; box-shadow: 0 1rem 4rem #0004; }
-dialog p { margin: .3rem 0 1rem; color: var(--muted); overflow-wrap: anywhere; }
+#note { text-align: center; text-wrap: balance; margin-top: .6rem; }
+#announce { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+dialog { width: min(26rem, calc(100vw - 2rem)); padding: 1.4rem; box-shadow: 0 1rem 4rem #0004; }
 dialog div { display: flex; justify-content: flex-end; gap: .6rem; margin-top: 1.2rem; }
-@keyframes spin { to { rotate: 360deg; } }
-@keyframes breathe { 50% { opacity: .45; } }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 </style>
 </head>
 <body>
 <nav id="sidebar" class="panel" popover aria-label="Conversations">
-  <a id="fresh" class="new" href="#/">
-    <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 5v14M5 12h14"/></svg>New conversation</a>
+  <a class="new" href="#/">
+    <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 5v14M5 12h14"/></svg><b>New conversation</b></a>
   <input id="search" type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">
   <ul id="list"></ul>
-  <button id="more" hidden>Show more</button>
   <p id="nothing" class="quiet" role="status"></p>
 </nav>
 <main>
   <header>
     <button id="menu" class="icon" popovertarget="sidebar" aria-label="Conversations">
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M4 12h16M4 17h10"/></svg></button>
-    <h1 id="title">New conversation</h1>
-    <span id="model" title="The model that answers" hidden></span>
+    <h1 id="title"></h1><span id="model" title="The model that answers" hidden></span>
     <button id="toTasks" class="icon" popovertarget="tasks" aria-label="To-do list" hidden>
       <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7l2 2 3-3M4 16l2 2 3-3M13 8h7M13 17h7"/></svg></button>
   </header>
   <p id="banner" role="status" hidden></p>
-  <div id="scroller" role="log" aria-live="off" aria-label="Messages" tabindex="0"><div id="log"></div></div>
+  <div id="scroller" role="log" aria-live="off" aria-label="Messages" tabindex="0">
+    <div id="welcome" hidden><h2>How can I help?</h2><span class="quiet demo">Three things to try</span>
+      <div id="tries" class="demo"><button>add buy milk to my list</button><button>show my tasks</button>
+      <button>complete buy milk</button></div></div>
+    <div id="log"></div><p id="thinking" class="quiet" hidden></p>
+  </div>
   <div id="composer">
-    <button id="jump" hidden>Jump to latest</button>
     <p id="problem" role="alert" hidden></p>
     <div id="box">
-      <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autocomplete="off"></textarea>
+      <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autofocus></textarea>
       <button id="send" class="primary"><svg viewBox="0 0 24 24" aria-hidden="true"><path id="glyph"/></svg></button>
     </div>
-    <p id="note" class="quiet demo-only">This is the built-in demo. To use a real model, set OPENAI_API_KEY,
+    <p id="note" class="quiet demo">This is the built-in demo. To use a real model, set OPENAI_API_KEY,
       GEMINI_API_KEY or CHATKIT_MODEL and start again.</p>
   </div>
 </main>
 <aside id="tasks" class="panel" popover aria-label="To-do list" hidden><h2>To do</h2><ul id="todo"></ul></aside>
-<dialog id="dialog" aria-labelledby="question" aria-describedby="explanation">
-  <h2 id="question"></h2>
-  <p id="explanation"></p>
-  <input id="field" aria-labelledby="question" autocomplete="off">
-  <div><button id="no">Cancel</button><button id="yes" class="primary">OK</button></div>
-</dialog>
-<p id="announce" class="unseen" role="status"></p>
+<dialog id="dialog" aria-labelledby="question"><form method="dialog">
+  <h2 id="question"></h2><p id="explanation"></p><input id="field" aria-labelledby="question" autocomplete="off">
+  <div><button id="no" type="button">Cancel</button><button id="yes" class="primary" value="yes">OK</button></div>
+</form></dialog>
+<p id="announce" role="status"></p>
 <template id="row"><li class="row"><a></a>
   <button class="icon"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 20h4L19 9l-4-4L4 16z"/></svg></button>
   <button class="icon"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13"/></svg>
-  </button>
-</li></template>
+</button></li></template>
 <script>
 "use strict";
 // A whole client for the plain dialect: JSON requests, and answers as server-sent events. No library, no build.
 const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-const wide = matchMedia("(min-width: 50rem)");
 
-// Every node is made here, from properties and text. Nothing is ever parsed as HTML, so nothing that is written can run.
+// Every node is made here, from properties and text. Nothing is parsed as HTML, so nothing that is written can run.
 function el(tag, props, ...children) {
   const node = Object.assign(document.createElement(tag), props);
   node.append(...children);
   return node;
 }
-const quiet = (text, tag = "p") => el(tag, { className: "quiet", textContent: text });
-
-function show(node, text) {
-  node.textContent = text;
-  node.hidden = !text;
-}
-
-function onEnter(field, action) {
-  field.onkeydown = (event) => {
-    // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-    event.preventDefault();
-    action();
-  };
-}
+const quiet = (textContent, tag = "p") => el(tag, { className: "quiet", textContent });
+const show = (node, text) => Object.assign(node, { textContent: text, hidden: !text });
 
 // ---------- Requests ----------
-const tokenKey = `chatkit token ${base}`;
-const token = () => sessionStorage.getItem(tokenKey) ?? "";
-let asking = null, polling = null, lastAsk = Promise.resolve();
+const tokenKey = `chatkit token ${base}`; // in sessionStorage, which is this tab's alone
+let asking = null, polling = null;
 
-function failure(status, message) {
-  return Object.assign(new Error(message), { status });
-}
-
-// Every request: with the token if there is one. Throws an error with the status, 0 when there is no answer at all.
-async function api(path, method = "GET", body, more) {
+// Every request, with the token if there is one. Throws: an error with a status is the server's refusal.
+async function api(path, method = "GET", body) {
   for (;;) {
-    const sent = token(), headers = { ...more };
-    if (sent) headers.Authorization = `Bearer ${sent}`;
-    if (body) headers["Content-Type"] = "application/json";
-    const options = { method, headers, body: body && JSON.stringify(body), cache: "no-store" };
-    const response = await fetch(base + path, options).catch(() => { throw failure(0, "The server does not answer."); });
+    const token = sessionStorage.getItem(tokenKey), headers = { "Content-Type": "application/json" };
+    if (token) headers.Authorization = `Bearer ${token}`;
+    const response = await fetch(base + path, { method, headers, body: JSON.stringify(body), cache: "no-store" });
     if (response.ok) return response;
     const { detail } = await response.json().catch(() => ({}));
-    const reason = typeof detail === "string" ? detail : `The server answered with status ${response.status}.`;
-    if (response.status !== 401) throw failure(response.status, reason);
-    // One question for all requests that fail together, and none if the token has changed meanwhile.
-    if (sent === token()) await (asking ??= askToken(sent && reason).finally(() => { asking = null; }));
+    const error = new Error(detail ?? `The server answered with status ${response.status}.`);
+    if (response.status !== 401) throw Object.assign(error, { status: response.status });
+    // One question for all requests that are refused together, and none if the token has changed meanwhile.
+    if (token === sessionStorage.getItem(tokenKey)) await (asking ??= askToken(token && error.message));
   }
 }
 const getJson = async (path) => (await api(path)).json();
-
 async function askToken(reason) {
-  const title = "This server asks for a token";
-  for (;;) {
-    const text = reason || "It stays in this tab only.";
-    const given = (await ask({ title, text, value: "", type: "password", yes: "Continue" }) ?? "").trim();
-    if (/^[\x21-\x7e]+$/.test(given)) return sessionStorage.setItem(tokenKey, given);
-    if (given) reason = "A token has no spaces and only plain letters, digits and signs.";
-  }
+  const given = await ask("This server asks for a token", reason || "It stays in this tab only.", "", "password");
+  sessionStorage.setItem(tokenKey, (given ?? "").replace(/[^!-~]/g, "")); // what a header can carry
+  asking = null;
 }
 
-// One dialog for every question; the next one waits for the one before. Resolves to null when cancelled.
-function ask({ title, text, value, type = "text", yes }) {
-  return lastAsk = lastAsk.then(() => new Promise((resolve) => {
-    for (const [node, words] of [[page.question, title], [page.explanation, text], [page.yes, yes]]) show(node, words);
-    page.no.hidden = type === "password";
-    Object.assign(page.field, { type, value: value ?? "yes", hidden: value === undefined });
-    page.dialog.returnValue = "";
+// Resolves to what was given in the dialog, or to null if it was left. Without a value there is no field to fill.
+function ask(title, text, value, type = "text") {
+  show(page.question, title);
+  show(page.explanation, text);
+  Object.assign(page.field, { type, value: value ?? "", hidden: value === undefined });
+  page.dialog.returnValue = "";
+  page.dialog.showModal();
+  page.field.select();
+  return new Promise((resolve) => {
     page.dialog.onclose = () => resolve(page.dialog.returnValue ? page.field.value : null);
-    page.dialog.showModal();
-    page.field.select();
-  }));
+  });
 }
-page.yes.onclick = () => page.dialog.close("yes");
 page.no.onclick = () => page.dialog.close();
-onEnter(page.field, () => page.dialog.close("yes"));
 
-// Polls health until the server is there. All who wait share one poll.
-function serverBack() {
-  return polling ??= (async () => {
-    for (let tries = 0; ; tries++) {
-      try {
-        const { model } = await getJson("health");
-        show(page.model, model);
-        document.body.classList.toggle("demo", model === "demo");
-        return show(page.banner, "");
-      } catch {
-        show(page.banner, "The server does not answer. Trying again\u2026");
-        await sleep(Math.min(5000, 400 * 2 ** tries));
-      }
-    }
-  })().finally(() => { polling = null; });
-}
+// Waits until the server is there. All who wait share one poll.
+const serverBack = () => polling ??= (async () => {
+  for (let pause = 400; ; pause = Math.min(5000, pause * 2)) {
+    const health = await getJson("health").catch(() => null);
+    show(page.banner, health ? "" : "The server does not answer. Trying again\u2026");
+    show(page.model, health?.model ?? page.model.textContent);
+    document.body.classList.toggle("demo", page.model.textContent === "demo");
+    if (health) return polling = null;
+    await sleep(pause);
+  }
+})();
 
-// Server-sent events by hand, as EventSource can neither POST nor send a token. Returns at [DONE]; throws when the
-// stream ends without it or is silent for a minute (the server's keep-alive comments come more often).
+// Server-sent events by hand, as EventSource can neither POST nor send a token. Ends at [DONE]; throws when the stream
+// ends without it or is silent for a minute (the server's keep-alive comments come more often).
 async function* readEvents(response, view) {
   const reader = view.reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   try {
@@ -4078,12 +4070,12 @@ async function* readEvents(response, view) {
       const silence = setTimeout(() => reader.cancel(), 60_000);
       const { value, done } = await reader.read().finally(() => clearTimeout(silence));
       if (done) throw new Error("The stream broke off");
-      const blocks = (buffer + value).replaceAll("\r", "").split("\n\n");
+      const blocks = (buffer + value).split("\n\n");
       buffer = blocks.pop();
       for (const block of blocks) {
-        const { id = "", data } = Object.fromEntries(block.split("\n").map((line) => line.split(/: ?(.*)/, 2)));
+        const data = block.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
         if (data === "[DONE]") return;
-        if (data) yield { id, data };
+        if (data) yield JSON.parse(data);
       }
     }
   } finally {
@@ -4092,79 +4084,55 @@ async function* readEvents(response, view) {
 }
 
 // ---------- Markdown: the common subset, as nodes ----------
-const START = String.raw`[ \t]*(?:\x60{3}|~~~|#{1,6} |>|[-*+] |\d{1,9}[.)] |---|\*\*\*|___)`; // what ends a paragraph
-const listOf = (marker) => // goes on with items of its kind, indented lines, and plain lines that follow without a gap
-  String.raw`^[ \t]*${marker}(?: .*|$)(?:\n+(?:${marker}(?: .*|$)|[ \t]+\S.*)|\n(?!${START})\S.*)*`;
-const BLOCK = new RegExp([
-  String.raw`^[ \t]*(?<fence>\x60{3,}|~{3,})(?<language>[^\x60\n]*)(?:\n|(?![^]))`
-    + String.raw`(?<code>[^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))`, // to its end, or to that of the text
-  String.raw`^(?<level>#{1,6}) (?<heading>.*)`,
-  String.raw`^(?<rule>(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$`,
-  String.raw`^(?<quote>>.*(?:\n>.*)*)`,
-  `(?<list>${listOf("[-*+]")}|${listOf(String.raw`\d{1,9}[.)]`)})`,
-  String.raw`^(?<paragraph>.*\S.*(?:\n(?!${START}).*\S.*)*)`,
-].join("|"), "gm");
-const blocksOf = (text) => text.match(BLOCK) ?? [];
+const BLOCK = new RegExp([ // code to its end or to that of the text, or whatever else stands without a gap
+  /^(?<indent>[ \t]*)(?<fence>`{3,}|~{3,})(?<language>[^`\n]*)(?:\n(?<code>[^]*?))?(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))/,
+  /(?:^(?![ \t]*(?:`{3,}[^`\n]*$|~{3})).*\S.*\n?)+/,
+].map((part) => part.source).join("|"), "gm");
+const PART = /\n(?=[ \t]*(?:#{1,6}|[-*+]|\d{1,9}[.)]) )|(?<=^#{1,6} .*)\n/m; // what headings and items are cut at
 
-function renderBlock(source, depth = 0) {
-  const { language, code, level, heading, rule, quote, list } = [...source.matchAll(BLOCK)][0].groups;
-  if (code !== undefined) return codeBlock(language.trim(), code.replace(/\n$/, ""));
-  if (heading !== undefined) return el(`h${Math.min(6, level.length + 2)}`, {}, ...inline(heading));
-  if (rule) return el("hr");
-  if (depth > 8) return el("p", {}, source); // a thousand ">" do not fill the stack
-  const render = (text) => blocksOf(text).map((block) => renderBlock(block, depth + 1));
-  if (quote) return el("blockquote", {}, ...render(quote.replace(/^> ?/gm, "")));
-  if (list) return renderList(list, render);
-  return el("p", {}, ...inline(source.trim()));
-}
-
-function renderList(source, render) {
-  const items = [], [, indent, number] = /^(\s*)(\d*)/.exec(source);
-  let width = 0;
-  for (const line of source.split("\n")) {
-    const item = /^(\s*)(?:[-*+]|\d+[.)])(?: +|$)/.exec(line);
-    if (item && item[1].length < indent.length + 2) items.push(line.slice(width = item[0].length));
-    else items[items.length - 1] += "\n" + line.slice(Math.min(width, line.search(/\S|$/)));
-  }
-  return el(number ? "ol" : "ul", number ? { start: number } : {}, ...items.map((text) => {
-    const [first = "", ...others] = render(text);
-    return el("li", {}, ...(first.tagName === "P" ? first.childNodes : [first]), ...others);
-  }));
-}
-
-function codeBlock(language, text) {
-  const copy = el("button", { textContent: "Copy" });
-  const pre = el("pre", { tabIndex: 0 }, el("code", { textContent: text }));
-  copy.onclick = async () => {
-    try {
-      await navigator.clipboard.writeText(text);
-    } catch { // no clipboard on plain http: the older way
-      getSelection().selectAllChildren(pre);
-      document.execCommand("copy");
+function blockNodes(source, { code, fence, indent, language }) {
+  if (fence) return [codeBlock(language.trim() || "code", `\n${code ?? ""}`.replaceAll(`\n${indent}`, "\n"))];
+  const nodes = [], lists = []; // lists: those that are open, the outermost first
+  for (const part of source.trimEnd().split(PART)) {
+    const [, { length: depth }, level, bullet, start, text] =
+      /^([ \t]*)(?:(#{1,6}) |([-*+]) |(\d{1,9})[.)] )?([^]*)$/.exec(part);
+    const item = bullet || start;
+    while (lists.length && !(item && lists.at(-1).depth <= depth)) lists.pop();
+    if (item && !(depth < lists.at(-1)?.depth + 2)) { // the first, or deeper than the one before
+      const list = el(start ? "ol" : "ul", { depth, ...(start && { start }) });
+      lists.length ? lists.at(-1).lastChild.append(list) : nodes.push(list);
+      lists.push(list);
     }
-    copy.textContent = page.announce.textContent = "Copied";
-    setTimeout(() => { copy.textContent = "Copy"; }, 1500);
-  };
-  return el("div", { className: "code" }, el("div", {}, el("span", { textContent: language || "code" }), copy), pre);
+    if (item) lists.at(-1).append(el("li", {}, ...inline(text)));
+    else nodes.push(el(level ? `h${Math.min(6, level.length + 2)}` : "p", {}, ...inline(text)));
+  }
+  return nodes;
+}
+function codeBlock(language, text) {
+  const pre = el("pre", { tabIndex: 0 }, el("code", {}, text.replace(/^\n|\n$/g, "")));
+  const copy = el("button", { textContent: "Copy", onclick: async () => { // plain http has no clipboard
+    const copied = await navigator.clipboard?.writeText(pre.textContent).then(() => "Copied", () => null);
+    copy.textContent = copied ?? "No clipboard";
+  } });
+  return el("div", { className: "code" }, el("div", { className: "quiet" }, language, copy), pre);
 }
 
 const INLINE = new RegExp([
-  /\\(?<escaped>[!-/:-@[-`{-~])/, /``(?<ticks>.+?)``/, /`(?<code>[^`]+)`/,
+  /\\(?<escaped>[!-/:-@[-`{-~])/, /(?<!`)(?<ticks>`{1,2})(?!`)(?<code>.+?)(?<!`)\k<ticks>(?!`)/,
   /\*\*(?=\S)(?<stars>.+?)\*\*(?!\*)/, /(?<!\w)__(?=\S)(?<bold>.+?)__(?!\w)/,
   /\*(?=[^\s*])(?<star>[^*]*[^\s*])\*/, /(?<!\w)_(?=[^\s_])(?<em>[^_]*[^\s_])_(?!\w)/,
   /\[(?<label>[^[\]]+)\]\((?<href>https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/,
   /(?<url>\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/,
 ].map((part) => part.source).join("|"), "gs");
-
 function inline(text) {
   const nodes = [];
   let end = 0;
-  for (const match of text.matchAll(INLINE)) {
-    const { escaped, ticks, code = ticks, stars, bold = stars, star, em = star, label, url, href = url } = match.groups;
-    nodes.push(text.slice(end, match.index));
-    end = match.index + match[0].length;
+  for (const { 0: whole, index, groups } of text.matchAll(INLINE)) {
+    const { escaped, code, stars, bold = stars, star, em = star, label, url, href = url } = groups;
+    nodes.push(text.slice(end, index));
+    end = index + whole.length;
     if (escaped) nodes.push(escaped);
-    else if (code) nodes.push(el("code", { textContent: code }));
+    else if (code) nodes.push(el("code", {}, code));
     else if (bold) nodes.push(el("strong", {}, ...inline(bold)));
     else if (em) nodes.push(el("em", {}, ...inline(em)));
     else nodes.push(el("a", { href, target: "_blank", rel: "noopener" }, ...(label ? inline(label) : [url])));
@@ -4173,146 +4141,84 @@ function inline(text) {
 }
 
 // ---------- What a conversation shows ----------
-let shown = null; // the open conversation: its id (null: not begun), whether it is busy, its items by id, ...
+let shown = null; // the open conversation: its id (null: not begun), whether it is busy, its items by their ids, ...
 
 function put(node) {
-  page.log.querySelector("#welcome")?.remove();
-  page.log.append(node);
+  page.welcome.hidden = true;
+  return page.log.appendChild(node);
+}
+const putUser = (text) => put(el("div", { className: "user" }, text));
+const itemOf = (view, id, make) => view.items.get(id) ?? view.items.set(id, make()).get(id);
+const messageOf = (view, id) => itemOf(view, id, () => ({ node: put(el("div", { className: "assistant" })) }));
+
+function paint(message) { // of a message that grows, only the last block is made anew
+  const { node, text } = message, blocks = [...text.replaceAll("\r", "").matchAll(BLOCK)];
+  message.frame = null;
+  while (node.children.length > blocks.length) node.lastChild.remove();
+  blocks.forEach(({ 0: source, groups }, i) => {
+    if (node.children[i]?.source === source) return;
+    node.children[i]?.remove();
+    node.insertBefore(el("div", { source }, ...blockNodes(source, groups)), node.children[i] ?? null);
+  });
+}
+const toolOf = (view, { id, name, args }) => itemOf(view, id, () => {
+  const pretty = (value) => typeof value === "string" ? value : JSON.stringify(value, null, 2);
+  const state = quiet("running\u2026", "span"), result = el("pre", { tabIndex: 0 });
+  const node = put(el("details", { className: "tool" }, el("summary", {}, el("code", {}, name), state),
+    quiet("Arguments"), el("pre", { tabIndex: 0 }, pretty(args ?? {})), quiet("Result"), result));
+  return { end(how, value = "") {
+    if (node.classList.contains("done")) return;
+    node.className = `tool ${state.textContent = how}`;
+    result.textContent = pretty(value);
+  } };
+});
+function form(view, { id, inputs }) { // what a tool asks the person
+  const groups = inputs.map(({ id: name, type, question, description = "", options, multiple }) => {
+    const choice = ({ value }) => el("label", {},
+      el("input", { type: multiple ? "checkbox" : "radio", name, value, required: !multiple }), value);
+    const fields = type === "multiple_choice" ? options.map(choice)
+      : [el("textarea", { rows: 2, name, required: true, ariaLabel: question })];
+    return el("div", { role: "group", ariaLabel: question }, el("strong", {}, question), quiet(description), ...fields);
+  });
+  const node = el("form", {}, el("fieldset", {}, ...groups, el("button", { className: "primary" }, "Send answers")));
+  node.onsubmit = (event) => {
+    event.preventDefault();
+    const given = new FormData(node);
+    const answers = Object.fromEntries(inputs.map((input) => [input.id, { values: given.getAll(input.id) }]));
+    goOn(view, "answers", { item_id: id, status: "answered", answers });
+  };
   return node;
 }
-
-// Text comes in many small pieces: painted at most once per frame, and of a message only the blocks that have changed.
-const unpainted = new Set();
-function paintSoon(message) {
-  if (!unpainted.size) requestAnimationFrame(paintAll);
-  unpainted.add(message);
-}
-function paintAll() {
-  for (const message of unpainted) {
-    const { node, blocks } = message, now = blocksOf(message.text);
-    now.forEach((source, i) => {
-      if (source === blocks[i]) return;
-      node.children[i]?.remove();
-      node.insertBefore(renderBlock(source), node.children[i] ?? null);
-    });
-    while (node.children.length > now.length) node.lastChild.remove();
-    message.blocks = now;
-  }
-  unpainted.clear();
-}
-
-function messageOf(view, id) {
-  if (!view.items.has(id)) {
-    view.items.set(id, { node: put(el("div", { className: "assistant" })), text: "", blocks: [] });
-  }
-  return view.items.get(id);
-}
-
-function pretty(value) {
-  try {
-    return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2);
-  } catch {
-    return value; // plain text
-  }
-}
-
-function toolOf(view, id, name, args) {
-  if (view.items.has(id)) return view.items.get(id);
-  const state = quiet("running\u2026", "span");
-  const node = put(el("details", { className: "tool running" },
-    el("summary", {}, el("span", { className: "dot" }), el("code", { textContent: name }), state)));
-  const section = (title, value) => {
-    node.append(el("div", { textContent: title }), el("pre", { textContent: pretty(value), tabIndex: 0 }));
-  };
-  section("Arguments", args ?? {});
-  const end = (how, result) => {
-    if (!node.classList.contains("running")) return;
-    node.className = `tool ${how}`;
-    state.textContent = how;
-    if (result !== undefined) section("Result", result);
-  };
-  view.items.set(id, { node, end });
-  return view.items.get(id);
-}
-
-function think(view, text) {
-  view.thinking ??= put(el("div", { className: "thinking" }, el("span", { textContent: "Thinking\u2026\n" })));
-  view.thinking.append(text);
-}
-function thought(view) {
-  view.thinking?.remove();
-  view.thinking = null;
-}
-
-function itemOf(view, id, node) { // a widget or a form, which may be there already
-  if (view.items.has(id)) view.items.get(id).node.replaceWith(node);
-  else put(node);
-  view.items.set(id, { node });
-}
-
-function form(view, { id, inputs }) {
-  const parts = inputs.map((input) => {
-    const choice = input.type === "multiple_choice", type = input.multiple ? "checkbox" : "radio";
-    const fields = choice ? input.options.map(({ value }) => el("input", { type, value, name: `${id} ${input.id}` }))
-      : [el("textarea", { rows: 2, ariaLabel: input.question })];
-    const given = (field) => choice ? field.checked : field.value.trim();
-    const values = () => fields.filter(given).map((field) => field.value);
-    const node = el("div", { role: "group", ariaLabel: input.question }, el("strong", { textContent: input.question }),
-      quiet(input.description ?? ""), ...fields.map((field) => choice ? el("label", {}, field, field.value) : field));
-    return { id: input.id, node, fields, values };
-  });
-  const send = el("button", { className: "primary", textContent: "Send answers" });
-  const all = el("fieldset", {}, ...parts.map((part) => part.node), send);
-  send.onclick = () => {
-    const missing = parts.find((part) => !part.values().length);
-    if (missing || view.busy) return missing?.fields[0].focus();
-    const answers = Object.fromEntries(parts.map((part) => [part.id, { values: part.values() }]));
-    const body = { item_id: id, status: "answered", answers };
-    all.disabled = true;
-    answer(view, `api/conversations/${view.id}/answers`, body, () => { all.disabled = false; });
-  };
-  return all;
-}
+const retryButton = (view) => el("button", { className: "retry", onclick: () => goOn(view, "retry") }, "Retry");
 
 // ---------- An answer ----------
 const handlers = {
   __proto__: null, // so that no unknown type is found
-  thread(view, { thread_id, title }) {
-    view.id = thread_id;
-    history.replaceState(null, "", `#/${thread_id}`);
-    showTitle(title);
-    if (view.stopping) stop(view);
-  },
-  thinking: (view, { content }) => think(view, content),
-  progress: (view, { content }) => think(view, `${content}\n`),
-  text(view, { content, message_id }) {
+  thread: (view, { title }) => showTitle(title),
+  thinking: (view, { content }) => page.thinking.append(content),
+  progress: (view, { content }) => page.thinking.append(`${content}\n`),
+  text(view, { content, message_id }) { // told from its beginning: what was loaded of it, half-saved, is replaced
     const message = view.last = messageOf(view, message_id);
-    // The stream tells a message from its beginning: what was loaded of it, half-saved, is replaced.
     message.text = message.streamed ? message.text + content : content;
     message.streamed = true;
-    paintSoon(message);
+    message.frame ??= requestAnimationFrame(() => paint(message)); // at most once per frame
   },
-  tool_call: (view, { id, name, args }) => toolOf(view, id, name, args),
-  tool_result(view, { id, name, result }) {
-    toolOf(view, id, name).end("done", result);
-    refreshTasks();
-  },
-  widget: (view, { id, copy_text }) => copy_text && itemOf(view, id, quiet(copy_text)),
-  input: (view, event) => itemOf(view, event.id, form(view, event)),
+  tool_call: toolOf,
+  tool_result: (view, call) => refreshTasks(toolOf(view, call).end("done", call.result)),
+  widget: (view, { id, copy_text }) => show(itemOf(view, id, () => put(el("p", { className: "widget" }))), copy_text),
+  input: (view, event) => itemOf(view, event.id, () => put(form(view, event))),
   notice(view, { level, title, message }) {
-    const heading = title ? [el("strong", { textContent: title }), el("br")] : [];
-    put(el("div", { className: `notice ${level}` }, ...heading, ...inline(message)));
+    const heading = title ? [el("b", {}, title), el("br")] : [];
+    put(el("div", { className: `notice ${level}` }, el("span", {}, ...heading, ...inline(message))));
   },
   error(view, { message, allow_retry }) {
-    const node = put(el("div", { className: "failed", role: "alert" }, el("span", { textContent: message })));
-    if (allow_retry) node.append(retryButton(view));
+    const retry = allow_retry ? [retryButton(view)] : [];
+    put(el("div", { className: "notice danger", role: "alert" }, el("span", {}, message), ...retry));
   },
-  done(view, { status }) {
-    for (const item of view.items.values()) item.end?.("stopped");
+  done(view, { status }) { // told to screen readers once, at the end, and not word by word
+    page.announce.textContent = status === "completed" ? view.last?.text ?? "" : status;
+    for (const item of view.items.values()) item.end?.(status === "completed" ? "waiting" : "stopped");
     if (status === "cancelled") put(quiet("Stopped"));
-    // Told to screen readers once, at the end, and not word by word.
-    page.announce.textContent = { completed: view.last?.text, cancelled: "Stopped" }[status] ?? "";
-    refreshTasks();
   },
 };
 
@@ -4322,327 +4228,213 @@ function setBusy(view, busy) {
   page.send.ariaLabel = busy ? "Stop" : "Send";
   page.glyph.setAttribute("d", busy ? "M8 8h8v8H8z" : "M12 19V5M6 11l6-6 6 6");
   page.scroller.ariaBusy = String(busy);
-  if (!busy) thought(view);
-  paintAll();
+  show(page.thinking, busy ? "Thinking\u2026\n" : "");
   fitComposer();
 }
 
-const join = ({ id, seen }) => api(`api/conversations/${id}/stream`, "GET", null, seen && { "Last-Event-ID": seen });
-
-const turnOf = (eventId) => eventId.slice(0, eventId.lastIndexOf("-"));
-
-// Follows an answer to its end. A stream that breaks is joined again after the last event that was seen.
+// Follows an answer to its end. After a stream that broke, everything is loaded anew: nothing is lost, nothing doubled.
 async function follow(view, response) {
   setBusy(view, true);
-  for (let tries = 0; view === shown; tries++) {
-    try {
-      response ??= await join(view);
-      if (response.status === 204) return openConversation(view.id); // it ended meanwhile: the conversation has it all
-      for await (const { id, data } of readEvents(response, view)) {
-        if (view !== shown) return;
-        if (view.seen && id && turnOf(id) !== turnOf(view.seen)) return openConversation(view.id); // another answer
-        view.seen = id || view.seen;
-        tries = 0;
-        try {
-          const event = JSON.parse(data);
-          if (!["thread", "thinking", "progress"].includes(event.type)) thought(view);
-          handlers[event.type]?.(view, event);
-        } catch (error) {
-          console.error(error); // one odd event does not end the answer
-        }
-      }
-      setBusy(view, false);
-      return refreshList();
-    } catch (error) {
-      if (view !== shown) return;
-      if (error.status >= 400 && error.status < 500) return openConversation(view.id); // deleted, for example
-    }
-    response = null;
-    show(page.banner, "Reconnecting\u2026");
-    await sleep(tries && Math.min(5000, 250 * 2 ** tries));
-    await serverBack();
-  }
-}
-
-// Begins an answer and follows it. When the server does not take the request, the person gets back what they wrote.
-async function answer(view, path, body, giveBack) {
-  Object.assign(view, { seen: "", last: null, stopping: false });
-  for (const button of page.log.querySelectorAll(".retry")) button.remove(); // they retry the last message only
-  setBusy(view, true);
-  show(page.problem, "");
-  think(view, "");
   try {
-    const response = await api(path, "POST", body);
-    view.id ??= Number(response.headers.get("X-Thread-Id")) || null;
-    tellOthers(view.id);
-    refreshList();
-    if (view !== shown) return response.body.cancel(); // the person went on; the answer is joined when they come back
-    await follow(view, response);
-  } catch (error) {
+    for await (const event of readEvents(response, view)) {
+      if (view !== shown) return;
+      handlers[event.type]?.(view, event);
+      page.thinking.hidden = !["thread", "thinking", "progress"].includes(event.type);
+      if (page.thinking.hidden) page.thinking.textContent = "Thinking\u2026\n";
+    }
     setBusy(view, false);
-    giveBack?.();
-    show(page.problem, `Not sent: ${error.message}`);
-    if (error.status === 0) await serverBack();
     refresh();
-    if (view === shown && view.id) openConversation(view.id); // what the server has, perhaps an answer that is running
+  } catch {
+    reopen(view, "Reconnecting\u2026");
   }
 }
 
-function send(text) {
+async function send(text) {
   const view = shown;
   if (view.busy || view.loading || !text.trim()) return;
+  page.log.querySelectorAll(".retry").forEach((button) => button.remove()); // they retry the last message only
+  const bubble = putUser(text);
   page.input.value = "";
   page.input.focus();
-  const bubble = put(el("div", { className: "user", textContent: text }));
-  setPinned(true);
-  answer(view, "chatkit", { message: text, ...(view.id && { thread_id: view.id }) }, () => {
+  show(page.problem, "");
+  pinned = true;
+  Object.assign(view, { last: null, stopping: false });
+  setBusy(view, true);
+  try {
+    const response = await api("chatkit", "POST", { message: text, ...(view.id && { thread_id: view.id }) });
+    refreshList();
+    if (view !== shown) return response.body.cancel(); // the person went on; it is joined when they come back
+    view.id = Number(response.headers.get("X-Thread-Id"));
+    history.replaceState(null, "", `#/${view.id}`);
+    if (view.stopping) stop(view);
+    follow(view, response);
+  } catch (error) { // the person gets back what they wrote
     bubble.remove();
-    page.input.value = [text, page.input.value].filter(Boolean).join("\n\n");
-    fitComposer();
-  });
+    page.input.value = `${text}\n\n${page.input.value}`.trim();
+    show(page.problem, `Not sent: ${error.status ? error.message : "the server does not answer."}`);
+    setBusy(view, false);
+    if (view.id || !error.status) reopen(view, ""); // perhaps an answer is running that we do not know of
+  }
 }
-
-const retryButton = (view) => el("button", { className: "retry", textContent: "Retry", onclick: () => {
-  if (view.busy) return;
-  const question = [...page.log.querySelectorAll(".user")].at(-1);
-  while (question && page.log.lastChild !== question) page.log.lastChild.remove();
-  view.items.clear();
-  answer(view, `api/conversations/${view.id}/retry`);
-} });
 
 function stop(view) {
   view.stopping = true; // an answer that has no address yet is stopped when it gets one
   if (view.id) api(`api/conversations/${view.id}/cancel`, "POST").catch(() => {}); // 409: it is over already
 }
-
-// ---------- Opening a conversation ----------
-const ENDED = { cancelled: "Stopped", interrupted: "Interrupted", failed: "The answer failed" };
-
-function showRow(view, { id, role, content, tool_calls, status }) {
-  if (role === "user") put(el("div", { className: "user", textContent: content }));
-  if (role === "assistant" && content) paintSoon(Object.assign(messageOf(view, id), { text: content }));
-  if (role === "assistant" && ENDED[status]) put(quiet(ENDED[status]));
-  if (["widget", "input"].includes(role) && content) itemOf(view, id, quiet(content));
-  if (role !== "tool") return;
-  for (const call of tool_calls ?? []) {
-    const tool = toolOf(view, call.id, call.name, call.args);
-    if (status === "done") tool.end("done", content);
-    else if (ENDED[status]) tool.end("stopped");
+async function goOn(view, action, body) { // has the server answer without a new message
+  if (view.busy) return;
+  setBusy(view, true);
+  try {
+    const response = await api(`api/conversations/${view.id}/${action}`, "POST", body);
+    view === shown ? openConversation(view.id, response) : response.body.cancel();
+  } catch (error) {
+    show(page.problem, error.message);
+    setBusy(view, false);
   }
 }
 
-function welcome() {
-  const tries = ["add buy milk to my list", "show my tasks", "complete buy milk"];
-  const buttons = tries.map((text) => el("button", { textContent: text, onclick: () => send(text) }));
-  return el("div", { id: "welcome" }, el("h2", { textContent: "How can I help?" }),
-    el("div", { className: "demo-only" }, quiet("Three things to try"), ...buttons));
-}
-
-async function openConversation(id, again = false) {
-  const same = shown && id && shown.id === id;
+// ---------- Opening a conversation ----------
+async function openConversation(id, joined) {
   shown?.reader?.cancel().catch(() => {}); // an answer that is left goes on at the server
-  const view = shown = { id, items: new Map(), loading: Boolean(id), seen: "" };
-  setBusy(view, false);
-  markCurrent();
+  const same = id && shown?.id === id, view = shown = { id, items: new Map(), loading: Boolean(id) };
   if (!same) {
     page.log.replaceChildren();
     show(page.problem, "");
-    setPinned(true);
-  }
-  if (!id) {
     showTitle("");
-    return put(welcome());
+    pinned = true;
   }
+  page.welcome.hidden = Boolean(id);
+  setBusy(view, false);
+  refreshList();
+  if (!id) return page.input.focus();
   try {
     // Joined first and loaded second, so that nothing falls in between; what comes twice has the same ids.
-    const stream = await join(view), { title, messages } = await getJson(`api/conversations/${id}`);
+    const stream = joined ?? await api(`api/conversations/${id}/stream`);
+    const { title, updated_at, messages } = await getJson(`api/conversations/${id}`);
     if (view !== shown) return stream.body?.cancel();
-    const last = messages.at(-1), open = last?.role === "user" || last?.status === "streaming";
-    if (stream.status === 204 && open && !again) {
-      await sleep(300); // an answer is just beginning or just ending
-      return view === shown && openConversation(id, true);
-    }
-    view.loading = false;
+    Object.assign(view, { loading: false, updated: updated_at });
     showTitle(title);
     page.log.replaceChildren();
     for (const message of messages) showRow(view, message);
-    paintAll();
-    if (stream.status !== 204) await follow(view, stream);
-    else if (open || ["failed", "interrupted"].includes(last?.status)) put(retryButton(view));
+    const { role, status } = messages.at(-1) ?? {};
+    if (stream.status === 200) follow(view, stream);
+    else if (role === "user" || ["failed", "interrupted"].includes(status)) put(retryButton(view));
   } catch (error) {
+    if (error.status !== 404) return reopen(view, error.message);
     if (view !== shown) return;
-    if (error.status === 404) {
-      page.log.replaceChildren();
-      show(page.problem, error.message);
-      return Object.assign(view, { id: null, loading: false }); // the next message begins a new one
-    }
-    show(page.banner, error.message);
-    await sleep(1000);
-    await serverBack();
-    if (view === shown) openConversation(id);
+    show(page.problem, error.message);
+    Object.assign(view, { id: null, loading: false }); // the next message begins a new one
   }
 }
+const ENDED = { cancelled: "Stopped", interrupted: "Interrupted", failed: "The answer failed" };
 
+function showRow(view, { id, role, content, tool_calls, status, extra }) {
+  if (role === "user") putUser(content);
+  if (role === "assistant") paint(Object.assign(messageOf(view, id), { text: content }));
+  if (role === "assistant" && ENDED[status]) put(quiet(ENDED[status]));
+  if (role === "widget") handlers.widget(view, { id, copy_text: content });
+  const state = { done: "done", pending: "waiting", streaming: "running\u2026" }[status] ?? "stopped";
+  for (const call of tool_calls ?? []) toolOf(view, call).end(state, content);
+  if (role === "input" && status === "pending") handlers.input(view, { id, inputs: extra.inputs });
+}
+
+async function reopen(view, reason) {
+  if (view === shown) show(page.banner, reason);
+  await sleep(500);
+  await serverBack();
+  refresh();
+  if (view === shown && view.id) openConversation(view.id);
+}
 function showTitle(title) {
   page.title.textContent = title || "New conversation";
   document.title = title ? `${title} \u2013 ChatKit` : "ChatKit";
 }
-
 const route = () => openConversation(Number(/^#\/(\d+)$/.exec(location.hash)?.[1]) || null);
-const closePanels = () => document.querySelectorAll(":popover-open").forEach((panel) => panel.hidePopover());
-wide.onchange = closePanels;
-page.sidebar.addEventListener("click", (event) => event.target.closest("a") && closePanels());
-addEventListener("hashchange", () => {
-  route();
-  if (wide.matches) page.input.focus(); // not on a phone, where it would bring up the keyboard
-});
+addEventListener("hashchange", route);
+page.sidebar.addEventListener("click", (event) => { if (event.target.closest("a")) page.sidebar.hidePopover(); });
 
 // ---------- The lists beside it ----------
-const rows = new Map(), labels = new Map();
-let pages = 1, listing = 0, searching = 0;
+const refresh = () => [refreshList(), refreshTasks()];
 
-function refresh() {
-  refreshList();
-  refreshTasks();
-}
-
-function fill(list, nodes) { // most of the nodes were in the list before: one of them may have the focus
-  const focused = document.activeElement;
+function fill(list, nodes) { // what had the focus has it again
+  const focused = list.contains(document.activeElement) && document.activeElement.id;
   list.replaceChildren(...nodes);
-  if (list.contains(focused)) focused.focus();
+  if (focused) document.getElementById(focused)?.focus();
 }
 
-async function refreshList() {
-  const mine = ++listing, found = [], query = encodeURIComponent(page.search.value.trim());
-  try {
-    for (let i = 0; i < pages && found.length === i * 50; i++) {
-      found.push(...await getJson(`api/conversations?limit=50&offset=${i * 50}&q=${query}`));
-    }
-  } catch (error) {
-    return error.status === 0 ? serverBack().then(refreshList) : null;
-  }
-  if (mine !== listing) return; // a later one is on its way
+async function refreshList(elsewhere = false) {
+  const query = page.search.value;
+  const found = await getJson(`api/conversations?limit=100&q=${encodeURIComponent(query)}`).catch(() => null);
+  if (!found || query !== page.search.value) return;
   fill(page.list, found.map(rowOf));
-  page.more.hidden = found.length < pages * 50;
   show(page.nothing, found.length ? "" : query ? "Nothing found." : "No conversations yet.");
-  markCurrent();
+  const updated = found.find(({ id }) => id === shown.id)?.updated_at ?? shown.updated;
+  if (shown.busy || shown.loading || updated === shown.updated) return;
+  shown.updated = updated;
+  if (elsewhere) openConversation(shown.id); // it went on in another tab
 }
-
+addEventListener("focus", () => refreshList(true));
 function rowOf({ id, title }) {
-  if (!rows.has(id)) rows.set(id, page.row.content.firstElementChild.cloneNode(true));
-  const [link, edit, bin] = rows.get(id).children;
-  Object.assign(link, { href: `#/${id}`, textContent: title || "Untitled", title });
-  Object.assign(edit, { title: "Rename", ariaLabel: `Rename ${title}`, onclick: () => rename(id, title) });
-  Object.assign(bin, { title: "Delete", ariaLabel: `Delete ${title}`, onclick: () => remove(id, title) });
-  return rows.get(id);
+  const row = page.row.content.firstElementChild.cloneNode(true), [link, edit, bin] = row.children;
+  row.classList.toggle("current", id === shown.id);
+  link.ariaCurrent = id === shown.id ? "page" : null;
+  Object.assign(link, { id: `open${id}`, href: `#/${id}`, textContent: title, title });
+  Object.assign(edit, { id: `edit${id}`, ariaLabel: `Rename ${title}`, onclick: () => rename(id, title) });
+  Object.assign(bin, { id: `bin${id}`, ariaLabel: `Delete ${title}`, onclick: () => remove(id, title) });
+  return row;
 }
-
-function markCurrent() {
-  for (const [id, node] of rows) {
-    node.classList.toggle("current", id === shown.id);
-    node.firstElementChild.ariaCurrent = id === shown.id ? "page" : null;
-  }
+async function change(path, method, body) { // true if it was done
+  const problem = await api(path, method, body).then(() => "", (error) => error.message);
+  show(page.problem, problem);
+  refresh();
+  return !problem;
 }
-
-// Changes something at the server, and reads the lists again, here and in the other tabs.
-async function change(id, path, method, body) {
-  try {
-    return await api(path, method, body);
-  } catch (error) {
-    show(page.problem, error.message);
-  } finally {
-    refresh();
-    tellOthers(id);
-  }
-}
-
 async function rename(id, old) {
-  const title = (await ask({ title: "Rename conversation", value: old, yes: "Rename" }))?.trim();
-  if (title && await change(id, `api/conversations/${id}`, "PATCH", { title }) && id === shown.id) showTitle(title);
+  const title = (await ask("Rename conversation", "", old))?.trim();
+  if (title && await change(`api/conversations/${id}`, "PATCH", { title }) && id === shown.id) showTitle(title);
 }
-
 async function remove(id, title) {
-  if (!await ask({ title: "Delete this conversation?", text: title, yes: "Delete" })) return;
-  if (!await change(id, `api/conversations/${id}`, "DELETE")) return;
-  if (id === shown.id) history.replaceState(null, "", "#/");
-  if (id === shown.id) route();
+  if (await ask("Delete this conversation?", title) === null) return;
+  if (await change(`api/conversations/${id}`, "DELETE") && id === shown.id) location.hash = "#/";
   page.input.focus();
 }
-
 async function refreshTasks() {
-  try {
-    const tasks = await getJson("api/tasks");
-    page.tasks.hidden = page.toTasks.hidden = false;
-    fill(page.todo, tasks.length ? tasks.map(taskOf) : [quiet("Nothing to do.", "li")]);
-  } catch (error) {
-    if (error.status === 404) page.tasks.hidden = page.toTasks.hidden = true; // another agent, without such a list
-  }
+  const tasks = await getJson("api/tasks").catch(() => null);
+  page.tasks.hidden = page.toTasks.hidden = !tasks; // another agent has no such list
+  if (tasks) fill(page.todo, tasks.length ? tasks.map(taskOf) : [quiet("Nothing to do.", "li")]);
 }
-
 function taskOf({ id, title, done }) {
-  if (!labels.has(id)) {
-    const onchange = (event) => change(null, `api/tasks/${id}`, "PATCH", { done: event.target.checked });
-    labels.set(id, el("li", {}, el("label", {}, el("input", { type: "checkbox", onchange }), el("span", {}))));
-  }
-  const [box, name] = labels.get(id).firstChild.children;
-  box.checked = done;
-  name.textContent = title;
-  return labels.get(id);
+  const onchange = (event) => change(`api/tasks/${id}`, "PATCH", { done: event.target.checked });
+  const box = el("input", { id: `task${id}`, type: "checkbox", checked: done, onchange });
+  return el("li", {}, el("label", {}, box, el("span", {}, title)));
 }
-
-// The other tabs hear what happens here: a conversation that is open there too joins the answer.
-const channel = new BroadcastChannel(`chatkit ${base}`);
-const tellOthers = (id) => channel.postMessage(id);
-channel.onmessage = ({ data: id }) => {
-  refresh();
-  if (id && id === shown.id && !shown.busy) openConversation(id);
-};
 
 // ---------- The composer and the view ----------
 let pinned = true, lastTop = 0; // the view follows the answer until the person scrolls up, and again from the end
-
-function setPinned(value) {
-  pinned = page.jump.hidden = value;
-  if (value) page.scroller.scrollTop = page.scroller.scrollHeight;
-}
 page.scroller.onscroll = () => {
   const { scrollTop, scrollHeight, clientHeight } = page.scroller;
-  if (scrollHeight - scrollTop - clientHeight < 40) pinned = true;
-  else if (scrollTop < lastTop) pinned = false;
-  page.jump.hidden = pinned;
+  pinned = scrollHeight - scrollTop - clientHeight < 40 || (pinned && scrollTop >= lastTop);
   lastTop = scrollTop;
 };
-const follower = new ResizeObserver(() => pinned && setPinned(true));
-for (const node of [page.log, page.scroller]) follower.observe(node);
-page.log.addEventListener("click", (event) => event.target.closest("summary") && setPinned(false));
-page.jump.onclick = () => setPinned(true);
-
+const follower = new ResizeObserver(() => { if (pinned) page.scroller.scrollTop = page.scroller.scrollHeight; });
+for (const node of [page.log, page.thinking, page.scroller]) follower.observe(node);
+page.log.addEventListener("click", (event) => { if (event.target.closest("summary")) pinned = false; });
 function fitComposer() {
   page.input.style.height = "auto";
   page.input.style.height = `${page.input.scrollHeight}px`;
   page.send.disabled = !shown.busy && !page.input.value.trim();
 }
 page.input.oninput = fitComposer;
-onEnter(page.input, () => send(page.input.value));
-page.send.onclick = () => {
-  if (shown.busy) stop(shown);
-  else send(page.input.value);
-  page.input.focus();
+page.input.onkeydown = (event) => {
+  // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault();
+  send(page.input.value);
 };
-page.more.onclick = () => refreshList(++pages);
-page.search.oninput = () => {
-  clearTimeout(searching);
-  searching = setTimeout(() => refreshList(pages = 1), 200);
-};
-page.fresh.onclick = () => {
-  if (!/\d/.test(location.hash)) route(); // no hashchange then
-  page.input.focus();
-};
-
-route();
-serverBack();
-refresh();
-if (wide.matches) page.input.focus();
+page.send.onclick = () => shown.busy ? stop(shown) : send(page.input.value);
+page.tries.onclick = ({ target }) => { if (target !== page.tries) send(target.innerText); };
+page.search.oninput = () => refreshList();
+[route, serverBack, refreshTasks].forEach((start) => start());
 </script>
 </body>
 </html>
@@ -4757,6 +4549,12 @@ async def serve(server: Server, chat: Chat, listener: socket.socket) -> None:
         await chat.close()
 
 
+def spare_collector() -> None:
+    """For a process that only serves: going through all modules again and again took a third of it at 100 streams."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+
+
 def run(main: Coroutine[Any, Any, None], server: Server) -> None:
     """asyncio.run(), on the event loop that uvicorn prefers."""
     loop = (server.config.get_loop_factory() or asyncio.new_event_loop)()
@@ -4813,6 +4611,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"Model: {chat.model_name}\n"
                 f"Data:  {'in memory, gone at the end' if settings.database == ':memory:' else settings.database}"
             )
+            spare_collector()
             run(serve(server, chat, listener), server)
     except (SettingsError, StoreError) as error:
         print(f"chatkit_server: {error}", file=sys.stderr)

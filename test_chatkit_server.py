@@ -14,13 +14,18 @@ import base64
 import contextlib
 import copy
 import functools
+import hmac
+import http.server
 import importlib
 import importlib.util
 import json
+import math
 import os
 import random
 import re
+import secrets
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -29,15 +34,18 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
+import jwt
 import openai
 import pytest
 from agents import Agent, Model, ModelResponse, RunContextWrapper, Usage, function_tool
@@ -3551,3 +3559,2271 @@ def test_no_mutation_of_a_request_breaks_anything() -> None:
                     failed.append((content[:300], repr(error)[:300]))
     assert not failed, f"{len(failed)}: " + "\n".join(map(str, failed[:10]))
     assert statuses[200] > 300 and statuses[400] > 300 and statuses[404] > 100 and statuses[409] > 20, statuses
+
+
+# ========================================================================================================== Faults
+# What breaks around the server, and what must survive it. Failing providers are in a section of their own.
+
+slow = pytest.mark.skipif(not TEST_ALL, reason="takes long: set CHATKIT_TEST_ALL=1")
+
+
+def rows_of(path: Path | str, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    """What the file holds, read by somebody else than the server."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql, values).fetchall()
+
+
+def dump(path: Path | str) -> list[str]:
+    """The whole database as SQL; unlike the file's bytes, it changes only where a row does."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return list(connection.iterdump())
+
+
+def assert_sound(path: Path | str) -> None:
+    assert rows_of(path, "PRAGMA integrity_check") == [("ok",)]
+    assert rows_of(path, "PRAGMA foreign_key_check") == []
+    assert rows_of(path, "SELECT id FROM messages WHERE status = 'streaming'") == []
+
+
+@contextlib.contextmanager
+def locked(path: Path | str) -> Iterator[None]:
+    """Another process is in the middle of writing to the file."""
+    code = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE')\n"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-S", "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        try:
+            yield
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+@contextlib.contextmanager
+def serving_chat(agent: Agent[Any] | None = None, **settings: Any) -> Iterator[tuple[Client, ck.Chat]]:
+    """As serving(), with the app's state beside the client."""
+    app = ck.create_app(agent, settings=ck.Settings(**{"database": ":memory:", "model": "demo", **settings}))
+    with ck.serve_in_background(app) as url, Client(base_url=url, timeout=DEADLINE) as client:
+        client.get("/health").raise_for_status()  # open
+        yield client, app.state.chat
+
+
+def in_loop_of(chat: ck.Chat, work: Coroutine[Any, Any, Any]) -> Any:
+    assert chat._keeper is not None
+    return asyncio.run_coroutine_threadsafe(work, chat._keeper.get_loop()).result(DEADLINE)
+
+
+def pragma(chat: ck.Chat, text: str) -> None:
+    """Change what the server's own connection may do."""
+    in_loop_of(chat, chat.store._read(f"PRAGMA {text}"))
+
+
+def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(0)` to `work(count - 1)` come to, each in a thread of its own."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+# ---- the process dies
+
+
+class Paced(Script):
+    """Says a word, calls the tool `pause`, then says a hundred words, 20 ms apart; "briefly" makes it three.
+
+    Keeps nothing between two calls: so it answers in any number of conversations at once.
+    """
+
+    async def stream_response(
+        self, system_instructions: Any, input: Any, *rest: Any, **more: Any
+    ) -> AsyncIterator[Any]:
+        words = 3 if "briefly" in json.dumps(input[-4:]) else 100
+        if input[-1].get("type") == "function_call_output":
+            steps: list[Any] = [f"w{number} " for number in range(words)]
+        else:
+            steps = ["Wait. ", Call("pause", call_id="call_" + secrets.token_hex(4))]
+        async for event in Script(steps, delay=0.02).stream_response(system_instructions, input, *rest, **more):
+            yield event
+
+
+@function_tool
+async def pause(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+    """Take a while."""
+    await asyncio.sleep(0.2)
+    return json.dumps({"rested": True})
+
+
+def paced_agent() -> Agent[Any]:
+    return Agent(name="Paced", model=Paced(), tools=[pause])
+
+
+PACED_SERVER = f"""
+import functools, sys
+import {Path(__file__).stem} as tests
+tests.ck.create_app = functools.partial(tests.ck.create_app, tests.paced_agent())
+sys.exit(tests.ck.main())
+"""
+
+
+class PacedProcess(Process):
+    """The server as `python chatkit_server.py` starts it, but with the paced agent."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.log_file = cwd / "log.txt"
+        self._log = self.log_file.open("ab")
+        self.process = self.launch(cwd)
+        assert self.process.stdout is not None
+        self.lines = [self.process.stdout.readline().rstrip() for _ in range(3)]
+        self.url = self.lines[0].removeprefix("Listening on ")
+
+    @staticmethod
+    def launch(cwd: Path) -> subprocess.Popen[str]:
+        path = os.pathsep.join([str(HERE), str(Path(__file__).parent)])
+        with open(cwd / "log.txt", "ab") as log_file:
+            return subprocess.Popen(
+                [sys.executable, "-c", PACED_SERVER, "--port", "0"],
+                cwd=cwd,
+                env={**CLEAN_ENV, "PYTHONPATH": path},
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                text=True,
+            )
+
+
+@dataclass
+class Heard:
+    """What one reader was told of one turn, until the stream ended or broke."""
+
+    message: str
+    conversation_id: int = 0  # 0: the response had not begun
+    events: list[tuple[float, dict[str, Any]]] = field(default_factory=list)  # each with the time it came
+    ended: bool = False
+
+    def listen(self, url: str, thread_id: int | None, timeout: float = DEADLINE) -> Heard:
+        body = {"message": self.message, **({"thread_id": thread_id} if thread_id else {})}
+        with (
+            contextlib.suppress(httpx.HTTPError),
+            httpx.Client(base_url=url, timeout=timeout) as client,
+            client.stream("POST", "/chatkit", json=body) as response,
+        ):
+            assert response.status_code == 200, response.read()
+            self.conversation_id = int(response.headers["x-thread-id"])
+            for event in plain_events(response):
+                self.events.append((time.monotonic(), event))
+            self.ended = True
+        return self
+
+    def texts(self, before: float = math.inf) -> dict[int, str]:
+        """What was said up to a moment, by message."""
+        texts: dict[int, str] = {}
+        for when, event in self.events:
+            if event["type"] == "text" and when < before:
+                texts[event["message_id"]] = texts.get(event["message_id"], "") + event["content"]
+        return texts
+
+
+class Victim:
+    """A server that is killed and started again, each time with ten turns, on one file."""
+
+    def __init__(self, cwd: Path, seed: int, *, long: bool) -> None:
+        cwd.mkdir()
+        self.long = long
+        self.cwd = cwd
+        self.random = random.Random(seed)
+        self.heard: list[Heard] = []  # all that was ever acknowledged
+        self.conversations: list[int] = []
+        self.killed_at = 0.0
+        self.kills = 0
+
+    def kill_at_start(self) -> None:
+        process = PacedProcess.launch(self.cwd)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(self.random.uniform(0.5, 3))
+        assert process.poll() is None, "a start failed"
+        process.kill()
+        process.communicate()
+
+    def kill_in_turns(self) -> None:
+        """Start, look whether all is there that must be, have ten turns begun, and kill it while they run."""
+        with PacedProcess(self.cwd) as server:
+            self.check()
+            with ThreadPoolExecutor(10) as pool:
+                turns = [pool.submit(self._talk, server.url, slot) for slot in range(10)]
+                time.sleep(self.random.uniform(0.05, 3.5 if self.long else 0.8))
+                self.killed_at = time.monotonic()
+                server.stop(signal.SIGKILL)
+            heard = [turn.result() for turn in turns]
+        self.kills += 1
+        self.heard += [each for each in heard if each.conversation_id]
+        self.conversations = sorted({each.conversation_id for each in self.heard})
+
+    def _talk(self, url: str, slot: int) -> Heard:
+        wait, number = self.random.uniform(0, 1.5 if self.long else 0.3), self.random.randrange(10**9)
+        time.sleep(wait)
+        known = self.conversations[slot] if slot < len(self.conversations) else None
+        heard = Heard(f"turn {number}").listen(url, known)
+        return Heard(f"and {number}").listen(url, heard.conversation_id) if heard.ended else heard
+
+    def check(self) -> None:
+        path = self.cwd / "chatkit.db"
+        assert_sound(path)
+        stored = {row[0]: row[1:] for row in rows_of(path, "SELECT id, conversation_id, role, content FROM messages")}
+        users = {(conversation, content) for conversation, role, content in stored.values() if role == "user"}
+        for heard in self.heard:
+            assert (heard.conversation_id, heard.message) in users
+            before = math.inf if heard.ended else self.killed_at - 0.5
+            for message_id, text in heard.texts(before).items():
+                assert stored[message_id][2].startswith(text), (heard.message, text, stored[message_id])
+        self.heard = [each for each in self.heard if each.ended]  # the next kill is not theirs; those stay as they are
+
+    def check_that_it_goes_on(self) -> None:
+        with PacedProcess(self.cwd) as server:
+            self.check()
+            assert self.conversations
+            count = len(self.conversations)
+            for heard in at_once(count, lambda n: Heard("go on, briefly").listen(server.url, self.conversations[n])):
+                assert heard.ended and heard.events[-1][1]["status"] == "completed"
+            with server.client() as client:
+                for conversation_id in self.conversations:
+                    assert {row["status"] for row in client.messages(conversation_id)} <= {"done", "interrupted"}
+        assert "Traceback" not in (self.cwd / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("servers", "kills"), [(2, 1), pytest.param(2, 10, marks=slow)])
+def test_whenever_it_is_killed_what_was_acknowledged_is_there_and_it_goes_on(
+    tmp_path: Path, servers: int, kills: int
+) -> None:
+    """Ten turns in each server when it is killed: 200 turns in the long run, and starts that are killed in between."""
+
+    def torment(seed: int) -> None:
+        victim = Victim(tmp_path / str(seed), seed, long=kills > 1)
+        for number in range(kills):
+            if kills > 1 and number % 2:
+                victim.kill_at_start()
+            victim.kill_in_turns()
+        victim.check_that_it_goes_on()
+
+    at_once(servers, torment)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
+def test_a_signal_ends_fifty_turns_saved_and_explained_within_two_seconds(tmp_path: Path, how: signal.Signals) -> None:
+    readers = [Heard(f"turn {number}") for number in range(50)]
+    with PacedProcess(tmp_path) as server, ThreadPoolExecutor(50) as pool:
+        following = [pool.submit(reader.listen, server.url, None) for reader in readers]
+        until(lambda: all(reader.texts() for reader in readers))
+        began = time.monotonic()
+        status = server.stop(how)
+        assert time.monotonic() - began < 2
+        for each in following:
+            each.result()
+    assert status in (0, -how)
+    assert [each.name for each in tmp_path.glob("chatkit.db*")] == ["chatkit.db"]  # which may be copied: no -wal beside
+    stored = dict(rows_of(tmp_path / "chatkit.db", "SELECT id, content FROM messages WHERE role = 'assistant'"))
+    for reader in readers:
+        assert reader.ended
+        error, done = (event for _, event in reader.events[-2:])
+        assert (error["type"], error["code"], error["allow_retry"]) == ("error", "shutdown", True)
+        assert (done["type"], done["status"]) == ("done", "failed")
+        assert {message_id: stored[message_id] for message_id in reader.texts()} == reader.texts()
+    assert_sound(tmp_path / "chatkit.db")
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+# ---- the database
+
+
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(3, marks=slow)])
+def test_a_short_lock_is_waited_for(tmp_path: Path, seconds: float) -> None:
+    path = tmp_path / "chatkit.db"
+    with serving(scripted(["Hello."]), database=str(path)) as client, ThreadPoolExecutor(1) as pool:
+        with locked(path):
+            answer = pool.submit(client.send_message, "hi")
+            time.sleep(seconds)
+            assert not answer.done()
+        assert said(answer.result(DEADLINE)) == "Hello."
+
+
+@pytest.mark.parametrize("patience", [0.2, pytest.param(5, marks=slow)])
+def test_a_long_lock_is_a_503_that_leaves_nothing_behind(
+    tmp_path: Path, patience: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Eight at a time, again and again for a minute (or a second): each is told within two waits of one of them."""
+    path, end = tmp_path / "chatkit.db", 60 if patience == 5 else 0.3
+    with serving_chat(scripted(["Hello."]), database=str(path)) as (client, chat):
+        pragma(chat, f"busy_timeout = {int(patience * 1000)}")
+        thread_id = client.send_message("before")[0]["thread_id"]
+        before = dump(path)
+        requests: list[tuple[str, str, dict[str, Any]]] = [
+            ("POST", "/chatkit", {"message": "new"}),
+            ("POST", "/chatkit", {"message": "more", "thread_id": thread_id}),
+            ("PATCH", f"/api/conversations/{thread_id}", {"title": "other"}),
+            ("POST", "/chatkit", {"type": "threads.create", "params": {"input": user_input("new")}}),
+        ]
+        requests += [("POST", "/chatkit", {"message": "new"})] * 4
+
+        def ask(number: int) -> tuple[httpx.Response, float]:
+            method, url, body = requests[number]
+            began = time.monotonic()
+            response = client.request(method, url, json=body, timeout=60)
+            return response, time.monotonic() - began
+
+        with locked(path):
+            until_when = time.monotonic() + end
+            while time.monotonic() < until_when:
+                for response, took in at_once(len(requests), ask):
+                    assert response.status_code == 503 and response.headers["retry-after"]
+                    assert "locked" in response.json()["detail"]
+                    assert took < 3 * patience
+            assert client.get(f"/api/conversations/{thread_id}").status_code == 200  # readers do not mind
+        assert "the database failed" in caplog.text
+        assert dump(path) == before
+        assert said(client.send_message("after", thread_id)) == "Hello."
+        assert_sound(path)
+
+
+@pytest.mark.parametrize("seconds", [0.4, pytest.param(12, marks=slow)])
+@pytest.mark.parametrize("moment", ["before the first word", "in the middle", "after the last word"])
+def test_a_lock_during_a_turn_does_not_lose_the_answer(
+    tmp_path: Path, moment: str, seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lock lasts longer than SQLite waits by itself."""
+    path, wait = tmp_path / "chatkit.db", Wait()
+    steps: dict[str, list[Any]] = {
+        "before the first word": [wait, "Hello ", "world."],
+        "in the middle": ["Hello ", wait, "world."],
+        "after the last word": ["Hello ", "world.", wait],
+    }
+    with serving_chat(scripted(steps[moment]), database=str(path)) as (client, chat), ThreadPoolExecutor(1) as pool:
+        if seconds < 5:
+            pragma(chat, "busy_timeout = 100")
+        answer = pool.submit(Heard("hi").listen, str(client.base_url), None, 60)
+        assert wait.reached.wait(DEADLINE)
+        with locked(path):
+            wait.gate.set()
+            time.sleep(seconds)
+        heard = answer.result(60)
+        assert heard.ended and heard.events[-1][1]["status"] == "completed"
+        assert [m["content"] for m in client.messages(1)] == ["hi", "Hello world."]
+    assert_sound(path)
+
+
+def test_text_said_during_a_lock_is_saved_after_it_without_waiting_for_more(tmp_path: Path) -> None:
+    path, locking, silence = tmp_path / "chatkit.db", Wait(), Wait()
+    agent = scripted(["one ", locking, *["two "] * 30, silence, "three"], delay=0.02)
+    with serving_chat(agent, database=str(path)) as (client, chat), ThreadPoolExecutor(1) as pool:
+        pragma(chat, "busy_timeout = 100")
+        answer = pool.submit(client.send_message, "hi")
+        assert locking.reached.wait(DEADLINE)
+        with locked(path):
+            locking.gate.set()
+            assert silence.reached.wait(DEADLINE)
+        until(lambda: rows_of(path, "SELECT 1 FROM messages WHERE content LIKE '%' || ?", "two " * 30), 1.5)
+        silence.gate.set()
+        answer.result(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("limit", "lift", "told"),
+    [
+        ("max_page_count = 1", "max_page_count = 100000", "The disk is full"),
+        ("query_only = ON", "query_only = OFF", "The database is read-only"),
+    ],
+)
+def test_a_database_that_takes_nothing_more_is_a_503_that_says_why(
+    tmp_path: Path, limit: str, lift: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, wait = tmp_path / "chatkit.db", Wait()
+    with serving_chat(scripted(["Hello ", wait, "x" * 50_000]), database=str(path)) as (client, chat):
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(client.send_message, "hi")
+            assert wait.reached.wait(DEADLINE)
+            pragma(chat, limit)
+            wait.gate.set()
+            error, done = running.result(DEADLINE)[-2:]
+        assert (error["type"], error["code"], done["status"]) == ("error", "storage", "failed")
+        assert error["message"].startswith(told)
+        full = "x" * 30_000
+        bodies = [
+            {"message": full},
+            {"message": full, "thread_id": 1},
+            {"type": "threads.create", "params": {"input": user_input(full)}},
+        ]
+        for body in bodies * 2:
+            response = client.post("/chatkit", json=body)
+            assert response.status_code == 503 and response.json()["detail"].startswith(told)
+            assert response.headers["retry-after"]
+        assert len(re.findall("the database failed", caplog.text)) >= 6
+        assert client.get("/api/conversations/1").status_code == 200
+        assert rows_of(path, "SELECT content FROM messages WHERE role = 'user'") == [("hi",)]
+        assert rows_of(path, "SELECT COUNT(*) FROM conversations") == [(1,)]
+        pragma(chat, lift)
+        assert client.send_message("again", 1)[-1]["status"] == "completed"
+        first, failed, *rest = [row["status"] for row in client.messages(1)]
+        assert failed in ("failed", "interrupted") and {first, *rest} == {"done"}
+    assert_sound(path)
+
+
+@pytest.mark.parametrize("fate", ["deleted", "replaced"])
+def test_a_file_that_went_away_takes_no_more_messages(
+    tmp_path: Path, fate: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite would go on writing to the deleted file, and all of it would be gone at the end."""
+    path = tmp_path / "chatkit.db"
+    with serving(scripted(["Hello."]), database=str(path)) as client:
+        client.send_message("hi")
+        path.unlink()
+        if fate == "replaced":
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                other.execute("CREATE TABLE mine (x)")
+        for body in ({"message": "more"}, {"message": "more", "thread_id": 1}):
+            response = client.post("/chatkit", json=body)
+            assert response.status_code == 503 and "Stop the server" in response.json()["detail"]
+        assert client.get("/health").status_code == 503
+        assert "the database failed" in caplog.text
+    assert not path.exists() or rows_of(path, "SELECT name FROM sqlite_schema") == [("mine",)]
+
+
+def test_the_working_directory_may_change_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with serving(scripted(["Hello."]), database="chatkit.db") as client:
+        monkeypatch.chdir("/")  # as notebooks do
+        assert said(client.send_message("hi")) == "Hello."
+
+
+def make_unusable(path: Path, kind: str) -> None:
+    if kind == "a directory":
+        path.mkdir()
+        return
+    if kind == "not a database":
+        path.write_bytes(b"Dear diary, " * 1000)
+        return
+    if kind == "of a newer version":
+        asyncio.run(open_and_close(path))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        if kind == "of a newer version":
+            connection.execute(f"PRAGMA user_version = {ck.SCHEMA_VERSION + 1}")
+        else:
+            connection.execute("CREATE TABLE recipes (name TEXT, status TEXT)")
+            connection.execute("INSERT INTO recipes VALUES ('soup', 'streaming')")
+        if kind == "of another program with a version":
+            connection.execute(f"PRAGMA user_version = {ck.SCHEMA_VERSION}")
+
+
+async def open_and_close(path: Path) -> None:
+    async with ck.Store(path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("not a database", "not a database"),
+        ("a directory", "unable to open"),
+        ("of a newer version", "newer version"),
+        ("of another program", "something else"),
+        ("of another program with a version", "something else"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
+    tmp_path: Path, kind: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "some.db"
+    make_unusable(path, kind)
+    before = path.read_bytes() if path.is_file() else b""
+    assert ck.main(["--port", "0", "--database", str(path), "--model", "demo"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if line.startswith("chatkit_server: ")]) == 1 and told in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert (path.read_bytes() if path.is_file() else b"") == before
+    assert [each.name for each in tmp_path.iterdir()] == ["some.db"]
+
+
+def test_a_row_edited_by_hand_into_bad_json_is_read_as_far_as_it_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "chatkit.db"
+    with serving(parrot_agent(), database=str(path)) as client:
+        for number, (column, broken) in enumerate(
+            [("tool_calls", "{"), ("tool_calls", "[1]"), ("tool_calls", "5"), ("extra", "]"), ("extra", "5")], 1
+        ):
+            client.send_message("hi")
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+                connection.execute("PRAGMA ignore_check_constraints = ON")
+                connection.execute(f"UPDATE messages SET {column} = ? WHERE conversation_id = ?", (broken, number))
+            assert [row["content"] for row in client.messages(number)] == ["hi", "hi", "hi+hi"]
+            assert len(client.operate("items.list", thread_id=str(number))["data"]) == 3
+            assert said(client.send_message("more", number)) == "more+more"
+        assert "cannot be read" in caplog.text
+
+
+# ---- the store
+
+
+def test_writers_that_fail_take_nobody_elses_rows_along(tmp_path: Path) -> None:
+    async def interleave() -> None:
+        async with ck.Store(tmp_path / "chatkit.db") as store:
+            conversation, _ = await store.add_user_message("ann", None, "title", "first")
+
+            async def two_statements() -> None:
+                async with store._transaction():
+                    await store._read("INSERT INTO tasks (user_id, title) VALUES ('ann', 'half')")
+                    await asyncio.sleep(0)
+                    await store._read("INSERT INTO tasks (user_id, title) VALUES ('ann', NULL)")
+
+            async def fail_in_transaction() -> None:
+                with pytest.raises(sqlite3.IntegrityError):
+                    await two_statements()
+
+            async def fail_in_statement() -> None:
+                with pytest.raises(sqlite3.IntegrityError):
+                    await store.add_message("ann", conversation["id"], "no such role")
+
+            async def fail_in_begin() -> None:
+                with pytest.raises(sqlite3.Error):
+                    await store.add_user_message("ann", None, "half", cast(Any, None))
+
+            work: list[Coroutine[Any, Any, Any]] = []
+            for number in range(100):
+                work += [
+                    store.add_task("ann", f"task {number}"),
+                    fail_in_transaction(),
+                    store.add_message("ann", conversation["id"], "user", f"message {number}"),
+                    fail_in_statement(),
+                    store.add_user_message("ann", None, f"conversation {number}", "first"),
+                    fail_in_begin(),
+                ]
+            random.Random(1).shuffle(work)
+            await asyncio.gather(*work)
+
+    asyncio.run(interleave())
+    count = "SELECT (SELECT COUNT(*) FROM tasks), (SELECT COUNT(*) FROM messages), (SELECT COUNT(*) FROM conversations)"
+    assert rows_of(tmp_path / "chatkit.db", count) == [(100, 201, 101)]
+    assert_sound(tmp_path / "chatkit.db")
+
+
+def test_a_beginning_that_is_cancelled_leaves_both_rows_or_none(tmp_path: Path) -> None:
+    async def cancel_each_step() -> int:
+        kept = 0
+        async with ck.Store(tmp_path / "chatkit.db") as store:
+            for step in range(60):
+                cancelled = asyncio.create_task(store.add_user_message("ann", None, f"cancelled {step}", "first"))
+                others = [asyncio.create_task(store.add_task("ann", f"{step}-{number}")) for number in range(3)]
+                for _ in range(step // 3):
+                    await asyncio.sleep(0)
+                await asyncio.sleep(step % 3 * 0.0002)
+                cancelled.cancel()
+                cancelled.cancel()
+                done = await asyncio.gather(cancelled, return_exceptions=True)
+                kept += not isinstance(done[0], BaseException)
+                await asyncio.gather(*others)
+                assert store._connection is not None and not store._connection.in_transaction
+                assert not store._lock.locked()
+        return kept
+
+    acknowledged = asyncio.run(cancel_each_step())
+    path = tmp_path / "chatkit.db"
+    assert rows_of(path, "SELECT COUNT(*) FROM tasks") == [(180,)]
+    alone = "SELECT id FROM conversations c WHERE (SELECT COUNT(*) FROM messages WHERE conversation_id = c.id) <> 1"
+    assert rows_of(path, alone) == []
+    assert rows_of(path, "SELECT COUNT(*) FROM conversations")[0][0] >= acknowledged
+    assert_sound(path)
+
+
+def test_two_servers_may_start_at_once_on_a_new_file(tmp_path: Path) -> None:
+    async def use(path: Path) -> None:
+        async with ck.Store(path) as store:
+            await store.add_user_message("ann", None, "title", "first")
+
+    for number in range(10):
+        path = tmp_path / f"{number}.db"
+        at_once(4, lambda _, path=path: asyncio.run(use(path)))  # type: ignore[misc]
+        assert rows_of(path, "SELECT COUNT(*) FROM messages") == [(4,)]
+        assert_sound(path)
+
+
+# ---- readers
+
+
+def raw_request(client: Client, body: dict[str, Any], **headers: str) -> bytes:
+    content = json.dumps(body).encode()
+    head = {"Host": client.base_url.netloc.decode(), "Content-Type": "application/json", **headers}
+    lines = [f"{name}: {value}" for name, value in {**head, "Content-Length": str(len(content))}.items()]
+    return "\r\n".join(["POST /chatkit HTTP/1.1", *lines, "", ""]).encode() + content
+
+
+def connect(client: Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("moment", ["in the request", "before the first event", "during", "after the last event"])
+def test_a_reader_that_leaves_does_not_stop_the_answer(moment: str, caplog: pytest.LogCaptureFixture) -> None:
+    wait = Wait()
+    with serving(scripted(["Hello ", wait, "world."])) as client:
+        whole = raw_request(client, {"message": "hi"})
+        with connect(client) as reader:
+            reader.sendall(whole if moment != "in the request" else whole[:-5])
+            if moment == "in the request":
+                time.sleep(0.1)
+            elif moment != "before the first event":
+                got = b""
+                while b"Hello " not in got:
+                    got += reader.recv(4096)
+            if moment == "after the last event":
+                wait.gate.set()
+                while b'"done"' not in got:
+                    got += reader.recv(65536)
+        if moment == "in the request":
+            assert client.get("/api/conversations").json() == []
+            client.get("/health").raise_for_status()
+        else:
+            assert wait.reached.wait(DEADLINE)
+            wait.gate.set()
+            until(lambda: [row["content"] for row in client.messages(1)] == ["hi", "Hello world."])
+            until(lambda: client.messages(1)[-1]["status"] == "done")
+            assert client.send_message("more", 1)[-1]["status"] == "completed"
+    assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
+
+
+def test_readers_that_come_back_get_each_event_once_and_none_is_missing() -> None:
+    first, second = Wait(), Wait()
+    agent = scripted([Call("echo", {"text": "x"})], ["a", "b", first, "c", "d", second, "e"])
+    with serving(agent) as client, ThreadPoolExecutor(30) as pool:
+        started = pool.submit(client.send_message, "hi")
+        assert first.reached.wait(DEADLINE)
+        with client.stream("GET", "/api/conversations/1/stream") as response:
+            so_far: list[dict[str, Any]] = []
+            for event in plain_events(response):
+                so_far.append(event)
+                if event.get("content") == "b":
+                    break
+        turn = so_far[0]["_id"].split("-")[0]
+        wrong = [
+            "", "nonsense", f"{turn}-999999", f"{turn}--1", f"{turn}-1e1", f"{turn}-", f"{turn}-\u0661", f"x{turn}-2",
+            "-", "00000000-3", "-1", "1", "9" * 5000,
+        ]  # fmt: skip
+
+        def come_back(last: str | None) -> list[dict[str, Any]]:
+            headers: dict[bytes, bytes] = {} if last is None else {b"Last-Event-ID": last.encode()}
+            with client.stream("GET", "/api/conversations/1/stream", headers=headers) as response:
+                assert response.status_code == 200
+                return list(plain_events(response))
+
+        seen = [event["_id"] for event in so_far]
+        asked = [None, *wrong, *seen]
+        back = [pool.submit(come_back, last) for last in asked]
+        time.sleep(0.1)
+        first.gate.set()
+        assert second.reached.wait(DEADLINE)
+        second.gate.set()
+        everything = started.result(DEADLINE)
+        ids = [event["_id"] for event in everything]
+        assert len(set(ids)) == len(ids) and everything[: len(so_far)] == so_far
+        for last, each in zip(asked, back, strict=True):
+            expected = everything[ids.index(last) + 1 :] if last in ids else everything
+            assert each.result(DEADLINE) == expected, last
+        assert client.get("/api/conversations/1/stream").status_code == 204
+
+
+def test_the_last_event_id_of_another_turn_means_nothing_here() -> None:
+    wait = Wait()
+    with serving(scripted(["one"], ["two ", wait, "three"])) as client, ThreadPoolExecutor(1) as pool:
+        foreign = client.send_message("hi")
+        running = pool.submit(client.send_message, "again")
+        assert wait.reached.wait(DEADLINE)
+        headers = {"Last-Event-ID": foreign[3]["_id"]}
+        with client.stream("GET", "/api/conversations/2/stream", headers=headers) as response:
+            wait.gate.set()
+            assert list(plain_events(response)) == running.result(DEADLINE)
+
+
+def test_two_chatkit_readers_and_a_plain_one_see_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = Wait()
+    with serving(scripted(["Hello ", wait, "world."])) as client, ThreadPoolExecutor(3) as pool:
+        talking = pool.submit(client.operate, "threads.create", input=user_input("hi"))
+        assert wait.reached.wait(DEADLINE)
+
+        def follow(_: int) -> list[dict[str, Any]]:
+            with client.stream("GET", "/api/conversations/1/stream") as response:
+                return list(plain_events(response))
+
+        following = [pool.submit(follow, number) for number in range(2)]
+        time.sleep(0.05)
+        wait.gate.set()
+        plain = [each.result(DEADLINE) for each in following]
+        assert plain[0] == plain[1] and said(plain[0]) == "Hello world."
+        deltas = [event["update"].get("delta", "") for event in talking.result(DEADLINE) if "update" in event]
+        assert "".join(deltas) == "Hello world."
+
+
+@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
+def test_a_conversation_deleted_under_a_reader_ends_its_stream(tmp_path: Path, dialect: str) -> None:
+    wait, path = Wait(), tmp_path / "chatkit.db"
+    with serving(scripted(["Hello ", wait, "world."]), database=str(path)) as client, ThreadPoolExecutor(1) as pool:
+        if dialect == "plain":
+            running = pool.submit(client.send_message, "hi")
+        else:
+            running = pool.submit(client.operate, "threads.create", input=user_input("hi"))
+        assert wait.reached.wait(DEADLINE)
+        assert client.delete("/api/conversations/1").json() == {"status": "deleted", "id": 1}
+        events = running.result(DEADLINE)
+        assert dialect != "plain" or events[-1]["status"] == "cancelled"
+        assert client.get("/api/conversations/1/stream").status_code == 404
+    assert rows_of(path, "SELECT * FROM messages") == rows_of(path, "SELECT * FROM conversations") == []
+
+
+@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
+def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch, dialect: str) -> None:
+    monkeypatch.setattr(ck, "KEEP_ALIVE", 0.05)
+    wait = Wait()
+    chatkit = {"type": "threads.create", "params": {"input": user_input("hi")}}
+    with serving(scripted(["Hello ", wait, "world."])) as client:
+        body = {"message": "hi"} if dialect == "plain" else chatkit
+        with client.stream("POST", "/chatkit", json=body) as response:
+            raw = b""
+            for chunk in response.iter_raw():
+                raw += chunk
+                if raw.count(b": keep-alive\n\n") == 3:
+                    wait.gate.set()
+    assert raw.index(b"Hello ") < raw.index(b": keep-alive") < raw.rindex(b": keep-alive") < raw.index(b"world.")
+    assert raw.count(b": keep-alive") <= 5
+
+
+# =========================================================================================================== Abuse
+# Whoever means harm, or does it without meaning to.
+
+
+class Parrot(Script):
+    """Has the tool `give_back` give the person's words back, and says them twice; keeps nothing between two calls."""
+
+    async def stream_response(
+        self, system_instructions: Any, input: Any, *rest: Any, **more: Any
+    ) -> AsyncIterator[Any]:
+        words = next(item["content"] for item in reversed(input) if item.get("role") == "user")
+        steps: list[Any] = [words, "+", words]
+        if input[-1].get("type") != "function_call_output":
+            steps = [Call("give_back", {"what": words}, "call_" + secrets.token_hex(4))]
+        async for event in Script(steps).stream_response(system_instructions, input, *rest, **more):
+            yield event
+
+
+@function_tool
+async def give_back(wrapper: RunContextWrapper[ck.TurnContext], what: str) -> str:
+    """Answer with exactly this text."""
+    return what
+
+
+def parrot_agent() -> Agent[Any]:
+    return Agent(name="Parrot", model=Parrot(), tools=[give_back])
+
+
+@pytest.fixture(scope="module")
+def parrot() -> Iterator[Client]:
+    """A server for whoever abuses it: what one test leaves behind must not matter to the next."""
+    with serving(parrot_agent(), max_attachment_bytes=ck.MAX_BODY) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Client]:
+    """The same, for those who have a token."""
+    with serving(parrot_agent(), jwt_secret=SECRET) as client:
+        yield client
+
+
+def stored(client: Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.get("/api/conversations?limit=100").raise_for_status().json()
+    return found
+
+
+# ---- other people's ids
+
+
+@dataclass
+class Belongings:
+    """What one user has: ids to abuse. Made in the file before the server opens it."""
+
+    thread: int
+    user: int
+    assistant: int
+    tool: int
+    input: int
+    widget: int
+    task: int
+    file: str
+    key: str
+    announced: str
+
+    @classmethod
+    async def add(cls, store: ck.Store, user_id: str) -> Belongings:
+        conversation, message = await store.add_user_message(user_id, None, f"{user_id}'s", f"{user_id}'s words")
+
+        async def add(role: str, **columns: Any) -> int:
+            row = await store.add_message(user_id, conversation["id"], role, f"{user_id}'s", **columns)
+            assert row is not None
+            return int(row["id"])
+
+        call = [{"id": f"call_{user_id}", "name": "get", "args": {}}]
+        client = {"client": {"name": "get", "arguments": {}}}
+        question = {"inputs": [{"type": "freeform", "id": "q", "question": "?"}]}
+        file = await store.add_attachment(user_id, f"{user_id}'s.txt", "text/plain", 4, b"mine")
+        announced = await store.add_attachment(user_id, f"{user_id}'s.txt", "text/plain", 4)
+        return cls(
+            thread=conversation["id"],
+            user=message["id"],
+            assistant=await add("assistant"),
+            tool=await add("tool", tool_calls=call, status="pending", extra=client),
+            input=await add("input", tool_calls=call, status="pending", extra=question),
+            widget=await add("widget", extra={"widget": {"type": "Card", "children": []}}),
+            task=(await store.add_task(user_id, f"{user_id}'s"))["id"],
+            file=file["id"],
+            key=file["key"],
+            announced=announced["id"],
+        )
+
+    @classmethod
+    def make(cls, path: Path, user_id: str) -> Belongings:
+        async def make() -> Belongings:
+            async with ck.Store(path) as store:
+                return await cls.add(store, user_id)
+
+        return asyncio.run(make())
+
+
+def operation(kind: str, /, **params: Any) -> tuple[str, str, dict[str, Any]]:
+    return "POST", "/chatkit", {"type": kind, "params": params}
+
+
+def attempts(mine: Belongings, theirs: Belongings) -> dict[str, list[tuple[str, str, Any]]]:
+    """By route, and by ChatKit operation: every way to name something of theirs. All of them must be a 404.
+
+    An empty list says that nothing can be named there; what those show is tested below.
+    """
+    at, action = f"/api/conversations/{theirs.thread}", {"type": "toggle_task", "payload": {"id": theirs.task}}
+    own, other = str(mine.thread), str(theirs.thread)
+    answers = {"item_id": theirs.input, "answers": {"q": {"values": ["x"]}}}
+    item_ids = [theirs.user, theirs.assistant, theirs.tool, theirs.input, theirs.widget]
+    structured = {"status": "answered", "answers": {}}
+    form = {"files": {"file": ("a.txt", b"evil", "text/plain")}}
+    return {
+        "GET /": [],
+        "GET /health": [],
+        "GET /docs": [],
+        "GET /openapi.json": [],
+        "GET /api/conversations": [],
+        "GET /api/conversations/recent/first": [],
+        "GET /api/tasks": [],
+        "POST /attachments": [],
+        "POST /chatkit": [
+            ("POST", "/chatkit", {"message": "hi", "thread_id": theirs.thread}),
+            ("POST", "/chatkit", {"message": "hi", "thread_id": other}),
+            ("POST", "/chatkit", {"message": "hi", "attachments": [theirs.file]}),
+            ("POST", "/chatkit", {"message": "hi", "thread_id": mine.thread, "attachments": [theirs.file]}),
+        ],
+        "GET /api/conversations/{conversation_id}": [("GET", at, None)],
+        "PATCH /api/conversations/{conversation_id}": [
+            ("PATCH", at, {"title": "evil"}),
+            ("PATCH", at, {"status": "locked"}),
+        ],
+        "DELETE /api/conversations/{conversation_id}": [("DELETE", at, None)],
+        "GET /api/conversations/{conversation_id}/stream": [("GET", at + "/stream", None)],
+        "POST /api/conversations/{conversation_id}/cancel": [("POST", at + "/cancel", None)],
+        "POST /api/conversations/{conversation_id}/retry": [("POST", at + "/retry", None)],
+        "POST /api/conversations/{conversation_id}/tool_output": [
+            ("POST", at + "/tool_output", {"result": "evil"}),
+            ("POST", at + "/tool_output", {"result": "evil", "id": "call_ann"}),
+        ],
+        "POST /api/conversations/{conversation_id}/answers": [
+            ("POST", at + "/answers", answers),
+            ("POST", f"/api/conversations/{own}/answers", answers),
+        ],
+        "PATCH /api/tasks/{task_id}": [("PATCH", f"/api/tasks/{theirs.task}", {"done": True})],
+        "POST /attachments/{attachment_id}": [
+            ("POST", f"/attachments/{theirs.announced}?key={mine.key}", form),
+            ("POST", f"/attachments/{theirs.announced}?key={theirs.key}", form),
+            ("POST", f"/attachments/{theirs.announced}?key=", form),
+            ("POST", f"/attachments/{theirs.announced}", form),
+        ],
+        "GET /attachments/{attachment_id}": [
+            ("GET", f"/attachments/{theirs.file}", None),
+            ("GET", f"/attachments/{theirs.file}?key=", None),
+            ("GET", f"/attachments/{theirs.file}?key={mine.key}", None),
+            ("GET", f"/attachments/{theirs.announced}", None),
+        ],
+        "threads.create": [operation("threads.create", input=user_input("hi", attachments=[theirs.file]))],
+        "threads.add_user_message": [
+            operation("threads.add_user_message", thread_id=other, input=user_input("hi")),
+            operation("threads.add_user_message", thread_id=own, input=user_input("hi", attachments=[theirs.file])),
+        ],
+        "threads.retry_after_item": [
+            operation("threads.retry_after_item", thread_id=thread, item_id=str(theirs.user)) for thread in (own, other)
+        ],
+        "threads.add_client_tool_output": [operation("threads.add_client_tool_output", thread_id=other, result="evil")],
+        "threads.add_structured_input": [
+            operation("threads.add_structured_input", thread_id=thread, item_id=str(theirs.input), input=structured)
+            for thread in (own, other)
+        ],
+        "threads.custom_action": [
+            operation("threads.custom_action", thread_id=thread, item_id=str(theirs.widget), action=action)
+            for thread in (own, other)
+        ],
+        "threads.sync_custom_action": [
+            operation("threads.sync_custom_action", thread_id=thread, item_id=str(theirs.widget), action=action)
+            for thread in (own, other)
+        ],
+        "threads.list": [operation("threads.list", after=other)],
+        "threads.get_by_id": [operation("threads.get_by_id", thread_id=other)],
+        "threads.update": [operation("threads.update", thread_id=other, title="evil")],
+        "threads.delete": [operation("threads.delete", thread_id=other)],
+        "items.list": [
+            operation("items.list", thread_id=other),
+            operation("items.list", thread_id=own, after=str(theirs.assistant)),
+        ],
+        "items.feedback": [
+            operation("items.feedback", thread_id=thread, item_ids=[str(item)], kind="negative")
+            for thread in (own, other)
+            for item in item_ids
+        ],
+        "attachments.create": [],
+        "attachments.delete": [operation("attachments.delete", attachment_id=theirs.file)],
+        "input.transcribe": [],
+    }
+
+
+def test_everything_of_somebody_elses_is_not_found_and_stays_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "chatkit.db"
+    theirs, mine = Belongings.make(path, "ann"), Belongings.make(path, "ben")
+    with serving(database=str(path), jwt_secret=SECRET) as client:
+        client.headers.update(bearer("ben"))
+        before = dump(path)
+        for where, ways in attempts(mine, theirs).items():
+            for method, url, body in ways:
+                extra = body if isinstance(body, dict) and "files" in body else {"json": body} if body else {}
+                response = client.request(method, url, **extra)
+                assert response.status_code == 404, (where, url, body, response.text)
+                assert "ann" not in response.text
+            assert dump(path) == before, where
+        own = ["/api/conversations", "/api/conversations/recent/first", "/api/tasks", "/api/conversations?q=words"]
+        for url in own:
+            assert "ben's" in client.get(url).text and "ann" not in client.get(url).text, url
+        assert "ann" not in json.dumps(client.operate("threads.list"))
+
+
+def test_the_list_of_what_could_be_somebody_elses_is_complete() -> None:
+    """Add a route or an operation, and say in attempts() how somebody else's things could be named there."""
+    listed = set(attempts(*[Belongings(*range(1, 8), *"abc")] * 2))  # type: ignore[arg-type]
+    app = ck.create_app(settings=ck.Settings(database=":memory:", model="demo"))
+    there: set[str] = set(ck.OPERATIONS)
+    for route in app.routes:
+        methods = set(getattr(route, "methods", None) or {"MOUNT"}) - {"HEAD", "OPTIONS"}
+        there |= {f"{method} {route.path}" for method in methods}  # type: ignore[attr-defined]
+    assert there - listed == set()
+
+
+# ---- tokens
+
+
+def encode(claims: dict[str, Any], key: Any = SECRET, algorithm: str = "HS256", **header: Any) -> str:
+    return jwt.encode(claims, key, algorithm=algorithm, headers=header or None)
+
+
+def by_hand(header: Any, claims: Any, signature: bytes = b"") -> str:
+    """A token that no library would make."""
+    parts = [header if isinstance(header, bytes) else json.dumps(header).encode()]
+    parts += [claims if isinstance(claims, bytes) else json.dumps(claims).encode(), signature]
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+
+
+IN_AN_HOUR = int(time.time()) + 3600
+GOOD: dict[str, Any] = {"sub": "ann", "exp": IN_AN_HOUR}
+
+BAD_TOKENS: dict[str, Callable[[], str]] = {
+    "no token at all": lambda: "nonsense",
+    "two dots": lambda: "..",
+    "no algorithm": lambda: by_hand({"alg": "none", "typ": "JWT"}, GOOD),
+    "no algorithm, shouted": lambda: by_hand({"alg": "NONE"}, GOOD),
+    "an empty algorithm": lambda: by_hand({"alg": ""}, GOOD),
+    "no header field alg": lambda: by_hand({"typ": "JWT"}, GOOD),
+    "an algorithm that is a list": lambda: by_hand({"alg": ["HS256"]}, GOOD),
+    "a header that is a list": lambda: by_hand([], GOOD),
+    "a header nested too deep": lambda: by_hand(b"[" * 5000, GOOD),
+    "a critical header field": lambda: encode(GOOD, crit=["x"], x=1),
+    "another algorithm of the secret": lambda: encode(GOOD, SECRET * 2, "HS512"),
+    "another key": lambda: encode(GOOD, SECRET + "!"),
+    "an empty key": lambda: by_hand({"alg": "HS256"}, GOOD, b"\0" * 32),
+    "a cut signature": lambda: encode(GOOD)[:-2],
+    "a public key's algorithm": lambda: by_hand({"alg": "RS256", "kid": "x"}, GOOD, b"x" * 256),
+    "expired": lambda: encode({**GOOD, "exp": int(time.time()) - 1}),
+    "not yet valid": lambda: encode({**GOOD, "nbf": IN_AN_HOUR}),
+    "issued in the future": lambda: encode({**GOOD, "iat": IN_AN_HOUR}),
+    "no exp": lambda: encode({"sub": "ann"}),
+    "exp that is text": lambda: encode({**GOOD, "exp": "tomorrow"}),
+    "exp that is null": lambda: encode({**GOOD, "exp": None}),
+    "exp beyond all numbers": lambda: encode({**GOOD, "exp": math.inf}),
+    "no subject": lambda: encode({"exp": IN_AN_HOUR}),
+    "a subject that is a number": lambda: encode({"id": 5, "exp": IN_AN_HOUR}),
+    "a subject that is a list": lambda: encode({"id": ["ann"], "exp": IN_AN_HOUR}),
+    "a blank subject": lambda: encode({"sub": "  ", "exp": IN_AN_HOUR}),
+    "an empty subject and an id": lambda: encode({"sub": "", "id": "ann", "exp": IN_AN_HOUR}),
+    "a subject of 256 characters": lambda: encode({"sub": "a" * 256, "exp": IN_AN_HOUR}),
+    "a subject that is half a character": lambda: encode({"sub": "\ud83d", "exp": IN_AN_HOUR}),
+    "claims that are a list": lambda: encode(GOOD).split(".")[0] + "." + by_hand({}, [GOOD]).split(".", 1)[1],
+    "very long": lambda: encode({**GOOD, "more": "x" * 20_000}),
+}
+
+
+def signed_by_hand(header: Any, claims: Any, secret: bytes = SECRET.encode()) -> str:
+    """With a secret that no library would take, or claims that none would sign."""
+    head = by_hand(header, claims).rsplit(".", 1)[0]
+    signature = hmac.digest(secret, head.encode(), "sha512" if header["alg"] == "HS512" else "sha256")
+    return head + "." + base64.urlsafe_b64encode(signature).decode().rstrip("=")
+
+
+BAD_TOKENS["claims nested too deep"] = lambda: signed_by_hand({"alg": "HS256"}, b"[" * 5000)
+BAD_TOKENS["a sub that is a number"] = lambda: signed_by_hand({"alg": "HS256"}, {"sub": 5, "exp": IN_AN_HOUR})
+BAD_TOKENS["a sub that is null"] = lambda: signed_by_hand(
+    {"alg": "HS256"}, {"sub": None, "id": "ann", "exp": IN_AN_HOUR}
+)
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_a_bad_token_is_a_401(guarded: Client, name: str) -> None:
+    response = guarded.get("/api/conversations", headers={"Authorization": f"Bearer {BAD_TOKENS[name]()}"})
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+    assert set(response.json()) == {"detail"} and SECRET not in response.text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("Authorization", "Bearer")],
+        [("Authorization", "Basic YW5uOmFubg==")],
+        [("Authorization", "Token {}")],
+        [("Authorization", "{}")],
+        [("Authorization", "Bearer {} {}")],
+        [("Authorization", "Bearer {}"), ("Authorization", "Bearer {}")],
+        [("Authorization", "Bearer {}, Bearer {}")],
+        [("X-Authorization", "Bearer {}")],
+        [("Cookie", "Authorization=Bearer {}")],
+    ],
+)
+def test_a_token_counts_in_one_authorization_header_only(guarded: Client, headers: list[tuple[str, str]]) -> None:
+    given = [(name, value.replace("{}", encode(GOOD))) for name, value in headers]
+    response = guarded.get("/api/conversations", headers=given)
+    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+    assert guarded.get("/api/conversations?token=" + encode(GOOD)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "claims", [{"sub": "ann"}, {"id": "ann"}, {"sub": "ann", "id": "ben"}, {"sub": "ann", "aud": "x"}]
+)
+def test_the_user_is_the_subject_or_else_the_id(guarded: Client, claims: dict[str, str]) -> None:
+    as_ann, as_ben = bearer("ann"), bearer("ben")
+    headers = {"Authorization": "bearer  " + encode({**claims, "exp": IN_AN_HOUR})}
+    events = list(plain_events(guarded.post("/chatkit", json={"message": "hi"}, headers=headers)))
+    url = f"/api/conversations/{events[0]['thread_id']}"
+    assert (guarded.get(url, headers=as_ann).status_code, guarded.get(url, headers=as_ben).status_code) == (200, 404)
+
+
+@pytest.fixture(scope="module")
+def choosy() -> Iterator[Client]:
+    with serving(jwt_secret=SECRET, jwt_audience="chat", jwt_issuer="https://me") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("claims", "status"),
+    [
+        ({}, 401),
+        ({"aud": "chat"}, 401),
+        ({"iss": "https://me"}, 401),
+        ({"aud": "other", "iss": "https://me"}, 401),
+        ({"aud": "chat", "iss": "https://me/"}, 401),
+        ({"aud": [], "iss": "https://me"}, 401),
+        ({"aud": "chat", "iss": "https://me"}, 200),
+        ({"aud": ["other", "chat"], "iss": "https://me"}, 200),
+    ],
+)
+def test_audience_and_issuer_must_fit_where_they_are_set(choosy: Client, claims: dict[str, Any], status: int) -> None:
+    headers = {"Authorization": "Bearer " + encode({**GOOD, **claims})}
+    assert choosy.get("/api/conversations", headers=headers).status_code == status
+
+
+class KeyServer:
+    """A JWKS URL on loopback; `answer` is what it says, and None that it is out of order. Counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.answer: bytes | None = b""
+        self.asked = 0
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked += 1
+                self.send_response(200 if server.answer is not None else 500)
+                self.end_headers()
+                self.wfile.write(server.answer or b"")
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/jwks"
+
+    def show(self, *keys: SigningKey) -> None:
+        self.answer = json.dumps({"keys": [key.public for key in keys]}).encode()
+
+    def __enter__(self) -> KeyServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class SigningKey:
+    """A private key, and its public half as a JWK."""
+
+    def __init__(self, algorithm: str, key_id: str) -> None:
+        from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+        self.algorithm, self.key_id = algorithm, key_id
+        makers: dict[str, Callable[[], Any]] = {
+            "EdDSA": ed25519.Ed25519PrivateKey.generate,
+            "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+            "RS256": lambda: rsa.generate_private_key(65537, 2048),
+        }
+        self.private = makers[algorithm]()
+        methods = jwt.get_algorithm_by_name(algorithm)
+        self.public = json.loads(methods.to_jwk(self.private.public_key()))  # type: ignore[attr-defined]
+        self.public.update({"alg": algorithm, "kid": key_id})
+
+    def sign(self, claims: dict[str, Any] | None = None, **header: Any) -> dict[str, str]:
+        header = {"kid": self.key_id, **header}
+        token = encode(GOOD if claims is None else claims, self.private, self.algorithm, **header)
+        return {"Authorization": "Bearer " + token}
+
+    def pem(self) -> bytes:
+        from cryptography.hazmat.primitives import serialization as form
+
+        public: bytes = self.private.public_key().public_bytes(
+            form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo
+        )
+        return public
+
+
+@functools.cache
+def signing_keys() -> list[SigningKey]:
+    """One of each kind; made once, because that takes a while."""
+    return [SigningKey(algorithm, algorithm) for algorithm in ("EdDSA", "ES256", "RS256")]
+
+
+def status_with(client: Client, headers: dict[str, str]) -> int:
+    return client.get("/api/conversations", headers=headers).status_code
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_token_signed_with_a_public_key_at_the_url_counts(secret: str | None) -> None:
+    with KeyServer() as keys, serving(jwks_url=keys.url, jwt_secret=secret) as client:
+        keys.show(*signing_keys())
+        if secret:  # a key need not say what it is for
+            named = [{name: key.public[name] for name in key.public if name != "alg"} for key in signing_keys()]
+            keys.answer = json.dumps({"keys": named}).encode()
+        for key in signing_keys():
+            assert [status_with(client, key.sign()) for _ in range(3)] == [200] * 3
+            assert status_with(client, {"Authorization": key.sign()["Authorization"][:-8] + "AAAAAAAA"}) == 401
+            assert status_with(client, key.sign({"sub": "ann", "exp": IN_AN_HOUR - 7200})) == 401
+            assert status_with(client, key.sign({"sub": "ann"})) == 401
+        assert keys.asked == 1
+        assert status_with(client, bearer("ann")) == (200 if secret else 401)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_public_key_is_never_taken_for_a_shared_secret(secret: str | None) -> None:
+    signers = signing_keys()
+    with KeyServer() as keys, serving(jwks_url=keys.url, jwt_secret=secret) as client:
+        keys.show(*signers)
+        for key in signers:
+            assert status_with(client, key.sign()) == 200
+            jwk = json.dumps(key.public, separators=(",", ":")).encode()
+            parts = [key.public[name] for name in ("x", "y", "n") if name in key.public]
+            raw = [base64.urlsafe_b64decode(part + "==") for part in parts]
+            for forged_with in (key.pem(), key.pem().strip(), jwk, b"", *raw, *map(str.encode, parts)):
+                for name in ("HS256", "HS512", "none", key.algorithm):
+                    token = signed_by_hand({"alg": name, "kid": key.key_id}, GOOD, forged_with)
+                    assert status_with(client, {"Authorization": "Bearer " + token}) == 401, (name, forged_with)
+
+
+def test_a_key_serves_its_own_algorithm_alone() -> None:
+    ed, es, rs = signing_keys()
+    with KeyServer() as keys, serving(jwks_url=keys.url) as client:
+        keys.show(ed, es, rs)
+        for key in (ed, es, rs):
+            assert status_with(client, key.sign()) == 200
+            for other in {ed, es, rs} - {key}:
+                assert status_with(client, key.sign(kid=other.key_id)) == 401
+        for algorithm in ("RS384", "PS256"):
+            token = encode(GOOD, rs.private, algorithm, kid=rs.key_id)
+            assert status_with(client, {"Authorization": "Bearer " + token}) == 401
+        assert status_with(client, rs.sign(jku=keys.url, jwk=rs.public, kid="unknown")) == 401
+
+
+def test_keys_change_without_a_restart_and_go_on_to_count_while_the_url_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ck.PublicKeys, "AT_MOST_EVERY", 0.05)
+    old, new = SigningKey("EdDSA", "old"), SigningKey("EdDSA", "new")
+    with KeyServer() as keys, serving(jwks_url=keys.url) as client:
+        keys.answer = None
+        assert status_with(client, old.sign()) == 503
+        keys.show(old)
+        until(lambda: status_with(client, old.sign()) == 200)
+        asked = keys.asked
+        for number in range(30):
+            assert status_with(client, new.sign(kid=f"guess {number}")) == 401
+        assert keys.asked < asked + 15  # not one request for each token that somebody makes up
+        keys.show(old, new)
+        until(lambda: status_with(client, new.sign()) == 200)
+        assert status_with(client, old.sign()) == 200
+        keys.show(new)
+        monkeypatch.setattr(ck.PublicKeys, "KEEP", 0.05)
+        until(lambda: status_with(client, old.sign()) == 401)
+        unknown = b'{"keys": [{"kty": "XX"}]}'
+        for broken in (None, b"<html>", b"[]", b'{"keys": []}', b'{"keys": 5}', unknown, b"[" * 9999):
+            keys.answer, asked = broken, keys.asked
+            until(lambda asked=asked: status_with(client, new.sign()) == 200 and keys.asked > asked)  # type: ignore[misc]
+
+
+# ---- other sites
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ({"Content-Type": "application/x-www-form-urlencoded"}, b"message=hi", 415),
+        ({"Content-Type": "text/plain"}, b'{"message": "hi"}', 415),
+        ({"Content-Type": "text/plain; x=application/json"}, b'{"message": "hi"}', 415),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, b'--x\r\n\r\n{"message": "hi"}\r\n--x--', 415),
+        ({}, b'{"message": "hi"}', 415),
+        ({"Origin": "https://evil.example"}, None, 403),
+        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, None, 403),
+        ({"Origin": "null"}, None, 403),
+        ({"Origin": ""}, None, 403),
+        ({"Origin": "http://localhost:3000.evil.example"}, None, 403),
+        ({"Origin": "http://localhost:3001"}, None, 403),
+        ({"Host": "evil.example"}, None, 403),
+        ({"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}, None, 403),
+        ({"Host": "localhost.evil.example"}, None, 403),
+        ({"Host": "127.0.0.1.evil.example"}, None, 403),
+        ({"Host": "localhost@evil.example"}, None, 403),
+        ({"Host": "0.0.0.0"}, None, 403),
+        ({"Host": ""}, None, 403),
+        ({"Origin": "http://localhost:3000"}, None, 200),
+        ({"Host": "localhost:8000"}, None, 200),
+        ({"Host": "[::1]:8000"}, None, 200),
+        ({"Host": "LOCALHOST:8000", "Origin": "http://localhost:8000"}, None, 200),
+    ],
+)
+def test_no_other_site_gets_in_without_a_token(
+    parrot: Client, headers: dict[str, str], content: bytes | None, status: int
+) -> None:
+    before = len(stored(parrot))
+    chatkit = operation("threads.create", input=user_input("hi"))[2]
+    for body in (json.dumps({"message": "hi"}).encode(), json.dumps(chatkit).encode()):
+        kind = {} if content is not None else {"Content-Type": "application/json"}
+        response = parrot.post("/chatkit", headers={**kind, **headers}, content=content or body)
+        assert response.status_code == status, response.text
+        assert response.headers.get("access-control-allow-origin") in (None, "http://localhost:3000")
+    assert len(stored(parrot)) - before == (2 if status == 200 else 0)
+    host = {name: value for name, value in headers.items() if name == "Host"}
+    assert parrot.get("/api/conversations", headers=host).status_code == (403 if status == 403 and host else 200)
+
+
+@pytest.mark.parametrize("host", ["GET / HTTP/1.0\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n"])
+def test_a_request_with_no_host_or_two_of_them_gets_nothing(parrot: Client, host: str) -> None:
+    with connect(parrot) as caller:
+        caller.sendall(host.replace("GET /", "GET /api/conversations").encode() + b"\r\n")
+        assert int(caller.recv(4096).split()[1]) in (400, 403)
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:3000", True),
+        ("http://localhost:5173", True),
+        ("http://localhost:3001", False),
+        ("https://evil.example", False),
+        ("null", False),
+    ],
+)
+def test_a_preflight_lets_listed_origins_pass(parrot: Client, guarded: Client, origin: str, allowed: bool) -> None:
+    asks = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type, last-event-id",
+    }
+    for client in (parrot, guarded):
+        response = client.options("/chatkit", headers=asks)
+        assert response.status_code == (200 if allowed else 400)
+        assert response.headers.get("access-control-allow-origin") == (origin if allowed else None)
+        assert "access-control-allow-credentials" not in response.headers
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "myhost.example"])
+def test_listening_elsewhere_without_a_secret_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ck.main(["--host", host, "--port", "0", "--database", ":memory:"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("chatkit_server: ") and "CHATKIT_JWT_SECRET" in lines[-1]
+    with pytest.raises(ck.SettingsError):
+        ck.serve_in_background(ck.create_app(database=":memory:", model="demo"), host=host)
+
+
+# ---- size and shape
+
+
+@pytest.mark.parametrize("path", ["/chatkit", "/attachments", "/api/conversations/1/tool_output"])
+def test_a_body_that_never_ends_is_refused_while_it_is_read(parrot: Client, path: str) -> None:
+    limit = ck.MAX_BODY
+    with connect(parrot) as caller:
+        kind = "multipart/form-data; boundary=x" if path == "/attachments" else "application/json"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        start = form if path == "/attachments" else b'{"a":"'
+        caller.sendall(head.encode() + b"%x\r\n%b\r\n" % (len(start), start))
+        sent, answer = 0, b""
+        caller.setblocking(False)
+        until_when = time.monotonic() + DEADLINE
+        with contextlib.suppress(ConnectionError):
+            while not answer and time.monotonic() < until_when:
+                with contextlib.suppress(BlockingIOError):
+                    sent += caller.send(b"%x\r\n%b\r\n" % (65536, b"x" * 65536)) if sent < 64 * limit else 0
+                with contextlib.suppress(BlockingIOError):
+                    answer = caller.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 413 ") and sent < 16 * limit  # what the sockets hold, beside the limit
+
+
+def test_a_body_that_only_claims_to_be_a_recording_is_not_read_to_a_recordings_length() -> None:
+    with serving(scripted(["Hello."])) as client:
+        for body in (
+            {"x": "input.transcribe", "message": "hi", "rest": "x" * 2_000_000},
+            {"x": "input.transcribe", "type": "threads.list", "rest": "x" * 2_000_000},
+        ):
+            assert client.post("/chatkit", json=body).status_code == 413
+        assert client.get("/api/conversations").json() == []
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+ODD_BODIES: dict[str, str | bytes] = {
+    "deep lists": f'{{"message": "hi", "x": {nested(500_000 // 2)}}}',
+    "deep objects": '{"message": "hi", "x": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}",
+    "rather deep": f'{{"message": "hi", "x": {nested(900)}}}',
+    "a huge number": f'{{"message": "hi", "thread_id": {"9" * 5000}}}',
+    "a number beyond doubles": '{"message": "hi", "x": 1e999}',
+    "NaN": '{"message": "hi", "x": NaN}',
+    "Infinity": '{"message": "hi", "x": -Infinity}',
+    "half a character": '{"message": "hi \\ud83d"}',
+    "half a character in a key": '{"message": "hi", "\\udc00": 1}',
+    "not UTF-8": b'{"message": "hi \xff"}',
+    "half an encoded character": b'{"message": "hi \xed\xa0\xbd"}',
+    "two values": '{"message": "hi"} {}',
+    "nothing": "",
+    "a list": "[]",
+    "a type that is a list": '{"type": ["threads.list"]}',
+    "a type that is an object": '{"type": {}}',
+    "a type that is null": '{"type": null}',
+    "params that are a list": '{"type": "threads.create", "params": []}',
+    "an id that is true": '{"message": "hi", "thread_id": true}',
+    "an id that is negative": '{"message": "hi", "thread_id": -1}',
+    "an id beyond 64 bits": '{"message": "hi", "thread_id": "9223372036854775808"}',
+    "an id in other digits": '{"message": "hi", "thread_id": "\\u0661"}',
+    "an id that is a fraction": '{"message": "hi", "thread_id": 1.0}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_BODIES)
+def test_an_odd_body_is_refused_and_nothing_is_kept(parrot: Client, name: str) -> None:
+    body, before = ODD_BODIES[name], stored(parrot)
+    content = body if isinstance(body, bytes) else body.encode()
+    response = parrot.post("/chatkit", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 404), response.text
+    assert stored(parrot) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\0", "\x01\x1b[31m\x7f", "a\0b", "\u202e\u200b\ufeff", "\U0010ffff", "'; DROP TABLE tasks; --", "%s {0} \\"],
+)
+def test_odd_characters_are_kept_as_they_were_said(parrot: Client, text: str) -> None:
+    events = parrot.send_message(text)
+    thread_id, url = events[0]["thread_id"], f"/api/conversations/{events[0]['thread_id']}"
+    assert said(events) == f"{text}+{text}"
+    assert [row["content"] for row in parrot.messages(thread_id)] == [text, text, f"{text}+{text}"]
+    assert parrot.patch(url, json={"title": text + "!"}).json()["title"] == text + "!"
+    assert parrot.get(url).json()["title"] == text + "!"
+    assert parrot.operate("items.list", thread_id=str(thread_id))["data"][-1]["content"][0]["text"] == text
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["\0", '"', "*", "zz OR", "NEAR(", "owner : zz", "^", "\ud800", "-", "(" * 200, "'", 'zz*b"c', "{zz}", "zz AND"],
+)
+def test_a_search_for_anything_is_a_search(parrot: Client, words: str) -> None:
+    query = "".join(f"%{byte:02x}" for byte in words.encode("utf-8", "surrogatepass"))
+    assert parrot.get(f"/api/conversations?q={query}").json() == []
+
+
+NASTY: list[Any] = [
+    None, True, False, 0, -1, 1, 1.5, 10**30, -(2**63), 2**63, "", " ", "0", "1", "01", "-1", "x", "\0", "\n", "\x1b",
+    "\u2028", "\U0001f600", "a" * 300, "a" * 40_000, "9" * 30, "null", "../..", "__proto__", [], {}, [[]], [None],
+    {"": None}, [1, "1"], {"type": "x"}, {"type": "input_text", "text": "x"}, "threads.create", "threads.delete",
+    "items.list", "demo",
+]  # fmt: skip
+
+
+def valid_requests(mine: Belongings) -> list[tuple[str, str, Any]]:
+    """One of each kind that works, to be spoiled."""
+    ways = [way for listed in attempts(mine, mine).values() for way in listed]
+    ways = [way for way in ways if way[2] is None or "files" not in way[2]]
+    return [
+        *ways,
+        ("POST", "/chatkit", {"message": "add milk", "model": "demo", "tool_choice": "add_task", "attachments": []}),
+        operation("threads.create", input=user_input("hi", quoted_text="x", inference_options={"model": "demo"})),
+        operation(
+            "threads.create", input={"content": [{"type": "input_tag", "id": "1", "text": "t", "data": {"a": 1}}]}
+        ),
+        operation("attachments.create", name="a.png", size=4, mime_type="image/png"),
+        operation("input.transcribe", audio_base64="AAAA", mime_type="audio/webm"),
+        operation("input.transcribe", audio_base64="\u00c4\u00c4", mime_type="audio/webm"),
+        ("GET", "/api/conversations?limit=5&offset=1&q=milk", None),
+        ("GET", "/openapi.json", None),
+        ("GET", "/health", None),
+    ]
+
+
+def mutate(value: Any, chance: random.Random) -> Any:
+    """The same with one thing changed, somewhere in it."""
+    if isinstance(value, dict) and value and chance.random() < 0.8:
+        key = chance.choice(list(value))
+        what = chance.random()
+        if what < 0.1:
+            return {name: part for name, part in value.items() if name != key}
+        if what < 0.15:
+            return {**value, str(chance.choice(NASTY)): value[key]}
+        return {**value, key: mutate(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.8:
+        at = chance.randrange(len(value))
+        if chance.random() < 0.2:
+            return value * chance.choice([0, 2, 200])
+        return [*value[:at], mutate(value[at], chance), *value[at + 1 :]]
+    return chance.choice(NASTY)
+
+
+def spoil(content: bytes, chance: random.Random) -> bytes:
+    """Bytes changed, lost, doubled or put in."""
+    at, span = chance.randrange(len(content) + 1), chance.randrange(1, 8)
+    put = chance.choice([b"\0", b"\xff", b'"', b"}", b"\\ud800", b"NaN", b"1e999", b"\\", b"[" * 3000, b"\r\n", b""])
+    return content[:at] + put + content[at + chance.choice([0, span]) :]
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=slow)])
+def test_random_mutations_of_valid_requests_never_break_it(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "chatkit.db"
+    chance = random.Random(6)
+    settings = ck.Settings(database=str(path), model="demo")
+
+    async def transcribe(audio: bytes, media_type: str) -> str:
+        return "hi"
+
+    app = ck.create_app(settings=settings, transcribe=transcribe)
+    app.state.chat.models.get_model("demo").delay = 0
+    statuses: dict[int, int] = {}
+
+    async def fire() -> None:
+        transport = httpx.ASGITransport(app)  # which raises what the app does not catch
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            await client.get("/health")
+            for number in range(count):
+                if number % 100 == 0:  # what there was is renamed, locked and deleted by now
+                    requests = valid_requests(await Belongings.add(app.state.chat.store, "local"))
+                method, url, body = chance.choice(requests)
+                headers = {"Content-Type": "application/json"}
+                if body is None or chance.random() < 0.1:
+                    part, other = chance.choice(re.findall(r"\w+", url)), chance.choice([*NASTY, "\xff", "a/b"])
+                    url = url.replace(part, urllib.parse.quote(str(other)[:500], safe=""))
+                if chance.random() < 0.05:
+                    method = chance.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "X"])
+                if chance.random() < 0.05:
+                    name = chance.choice(
+                        ["Content-Type", "Last-Event-ID", "Accept-Language", "Origin", "Authorization"]
+                    )
+                    headers[name] = chance.choice(["", "x", "\x7f", "application/json; charset=x", "1-2", "a" * 9000])
+                for _ in range(chance.choice([0, 1, 1, 1, 2, 3])):
+                    body = mutate(body, chance) if body is not None else None
+                content = b"" if body is None else json.dumps(body).encode()
+                if chance.random() < 0.2:
+                    content = spoil(content, chance)
+                response = await client.request(method, url, content=content, headers=headers)
+                statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+                assert response.status_code < 500, (number, method, url, content[:500], response.text)
+            await asyncio.gather(*(turn.wait() for turn in list(app.state.chat.turns.values())))
+            assert (await client.get("/health")).status_code == 200
+            assert len([task for task in asyncio.all_tasks() if not task.done()]) < 5
+        await app.state.chat.close()
+
+    asyncio.run(fire())
+    assert statuses[200] > count / 20 and statuses[400] > count / 20, statuses  # it did get in, and was refused
+    assert_sound(path)
+
+
+@slow
+def test_what_schemathesis_makes_of_the_openapi_document_breaks_nothing(tmp_path: Path) -> None:
+    schemathesis = optional("schemathesis")
+    hypothesis = optional("hypothesis")
+    path = tmp_path / "chatkit.db"
+    Belongings.make(path, "local")
+    with serving(database=str(path)) as client:
+        document = client.get("/openapi.json").json()
+        schema = schemathesis.openapi.from_dict(document)
+        kinds_tried: dict[str, int] = {}
+        for found in schema.get_all_operations():
+            operation_ = found.ok()
+
+            @hypothesis.given(case=operation_.as_strategy())
+            @hypothesis.settings(
+                max_examples=60, deadline=None, database=None, derandomize=True,
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )  # fmt: skip
+            def attack(case: Any) -> None:
+                try:
+                    response = case.call(base_url=str(client.base_url))
+                except ValueError:  # what no HTTP client would send
+                    return
+                kinds_tried[case.path] = kinds_tried.get(case.path, 0) + 1
+                assert response.status_code < 500, case.as_curl_command()
+
+            attack()
+        assert len(kinds_tried) >= 10
+        client.get("/health").raise_for_status()
+    assert_sound(path)
+
+
+FILE = b'--x\r\nContent-Disposition: form-data; name="file"'
+
+
+@pytest.mark.parametrize(
+    ("parameters", "content"),
+    [
+        ("", b""),
+        ("; boundary=", b""),
+        ("; boundary=x", b""),
+        ("; boundary=x", b"--x"),
+        ("; boundary=x", b"--x\r\n\r\nhi\r\n--x--"),
+        ("; boundary=x", FILE + b"\r\n\r\nhi\r\n--x--"),
+        ("; boundary=x", FILE + b'; filename=""\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x", FILE + b'; filename="a\0/../b"\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x", FILE + b'; filename="a"\r\nContent-Type: \xff/\0\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x", FILE + b'; filename="' + b"a" * 3000 + b'"\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x; charset=utf-7", FILE + b'; filename="+2AA-"\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x; charset=nonsense", FILE + b'; filename="\xff"\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x; charset=undefined", FILE + b'; filename="\xff\0"\r\n\r\nhi\r\n--x--'),
+        ("; boundary=x", (FILE + b"\r\n\r\nhi\r\n") * 30),
+    ],
+)
+def test_an_odd_form_is_refused_or_taken_but_breaks_nothing(parrot: Client, parameters: str, content: bytes) -> None:
+    headers = {"Content-Type": "multipart/form-data" + parameters}
+    response = parrot.post("/attachments", content=content, headers=headers)
+    assert response.status_code in (200, 400, 413, 415), response.text
+    if response.status_code == 200:
+        assert parrot.get(f"/attachments/{response.json()['id']}").content == b"hi"
+
+
+# ---- events
+
+
+FORGED = [
+    "a\rb", "a\nb", "a\r\nb", "a\r\n\r\nb", "\u2028", "\u2029", "\x85", "\x0b\x0c\x1c\x1d\x1e", "data: x",
+    "\ndata: [DONE]\n\n", "[DONE]", '\n\nid: 9\ndata: {"type": "done"}\n\n', ": comment", "event: x\n", "retry: 1",
+    "\ufeff", '"}', "\\n\\u0000", "\0",
+]  # fmt: skip
+
+
+def sse(raw: bytes) -> list[str]:
+    """The data of each event, as the HTML standard has a browser read them."""
+    found: list[str] = []
+    data: list[str] = []
+    for line in re.split(r"\r\n|\r|\n", raw.decode().removeprefix("\ufeff")):
+        if not line and data:
+            found.append("\n".join(data))
+            data = []
+        name, _, value = line.partition(":")
+        if name == "data":
+            data.append(value.removeprefix(" "))
+        assert not line or name in ("data", "id", ""), line
+    return found
+
+
+@pytest.mark.parametrize("text", FORGED)
+def test_text_arrives_as_it_was_said_and_forges_no_event(parrot: Client, text: str) -> None:
+    plain = sse(parrot.post("/chatkit", json={"message": f"!{text}!"}).content)
+    assert plain[-1] == "[DONE]" and plain.count("[DONE]") == 1
+    events = [json.loads(data) for data in plain[:-1]]
+    assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
+    assert said(events) == f"!{text}!+!{text}!"
+    assert [e["result"] for e in events if e["type"] == "tool_result"] == [f"!{text}!"]
+    assert [e["args"] for e in events if e["type"] == "tool_call"] == [{"what": f"!{text}!"}]
+    body = operation("threads.create", input=user_input(f"!{text}!"))[2]
+    events = [json.loads(data) for data in sse(parrot.post("/chatkit", json=body).content)]
+    deltas = [e["update"]["delta"] for e in events if "delta" in e.get("update", {})]
+    assert "".join(deltas) == f"!{text}!+!{text}!"
+    done = [e["item"] for e in events if e["type"] == "thread.item.done"]
+    assert [item["type"] for item in done] == ["user_message", "task", "assistant_message"]
+    assert [item["content"][0]["text"] for item in done if "content" in item] == [f"!{text}!", f"!{text}!+!{text}!"]
+
+
+def strictly(data: str) -> Any:
+    """JSON as a browser takes it, which Python's parser is not as strict as."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    value = json.loads(data, parse_constant=refuse)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+ODD_JSON = [
+    '{"a": "\\ud83d"}', '{"a": NaN}', '{"a": 1e999}', '["\\udc00"]', "[" * 5000, '{"a": ' + "9" * 5000 + "}", "[DONE]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_JSON)
+def test_a_tools_result_that_is_not_quite_json_is_text_or_mended(parrot: Client, odd: str) -> None:
+    events = [strictly(data) for data in sse(parrot.post("/chatkit", json={"message": odd}).content)[:-1]]
+    assert said(events) == f"{odd}+{odd}" and events[-1]["status"] == "completed"
+    mended = [{"a": "\ufffd"}, ["\ufffd"]] if "\\u" in odd else []
+    assert next(e["result"] for e in events if e["type"] == "tool_result") in [odd, *mended]
+    thread_id = str(events[0]["thread_id"])
+    assert len(parrot.operate("items.list", thread_id=thread_id)["data"]) == 3
+    body = operation("threads.add_user_message", thread_id=thread_id, input=user_input(odd))[2]
+    events = [strictly(data) for data in sse(parrot.post("/chatkit", json=body).content)]
+    assert events[-1]["type"] == "thread.item.done"
+
+
+def test_a_models_arguments_that_are_not_quite_json_do_not_break_the_stream() -> None:
+    agent = scripted(tools=[give_back])
+    with serving(agent) as client:
+        for number, odd in enumerate(ODD_JSON, 1):
+            cast(Script, agent.model).responses = [[Call("give_back", odd)], ["Well."]]
+            cast(Script, agent.model).seen.clear()
+            plain = sse(client.post("/chatkit", json={"message": "hi"}).content)
+            assert plain[-1] == "[DONE]" and [strictly(data) for data in plain[:-1]][-1]["type"] == "done"
+            assert {row["status"] for row in client.messages(number)} <= {"done", "failed"}
+            assert said(client.send_message("and now", number)) == "Well."
+
+
+def test_a_tool_cannot_emit_what_no_reader_could_read() -> None:
+    @function_tool
+    async def emit(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        """Send something odd."""
+        for odd in (math.nan, math.inf):
+            for event in ({"type": "mine", "value": odd}, {"type": "thinking", "content": odd}):
+                with pytest.raises(ValueError):  # noqa: PT011
+                    wrapper.context.emit(event)
+            with pytest.raises(ValueError):  # noqa: PT011
+                await wrapper.context.widget({"type": "Card", "children": [odd]})
+        return "refused"
+
+    with serving(scripted([Call("emit")], ["Well."], tools=[emit])) as client:
+        events = client.send_message("hi")
+        assert [e["result"] for e in events if e["type"] == "tool_result"] == ["refused"]
+        assert said(events) == "Well."
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
+@pytest.mark.parametrize(("settings", "status"), [({"max_concurrent_turns": 4}, 503), ({"max_turns_per_user": 4}, 429)])
+def test_beyond_the_limits_the_answer_is_no_at_once(dialect: str, settings: dict[str, int], status: int) -> None:
+    wait = Wait()
+    body = {"message": "hi"} if dialect == "plain" else operation("threads.create", input=user_input("hi"))[2]
+    with serving(scripted([wait, "Hello."]), jwt_secret=SECRET, **settings) as client, ThreadPoolExecutor(20) as pool:
+
+        def ask(user_id: str) -> tuple[int, float, str]:
+            began = time.monotonic()
+            response = client.post("/chatkit", json=body, headers=bearer(user_id))
+            return response.status_code, time.monotonic() - began, response.headers.get("retry-after", "")
+
+        asked = [pool.submit(ask, "ann") for _ in range(20)]
+        until(lambda: sum(each.done() for each in asked) == 16)
+        for each in asked:
+            if each.done():
+                code, took, retry_after = each.result()
+                assert code == status and took < 2 and int(retry_after) > 0
+        if status == 429:
+            others = pool.submit(ask, "ben")
+        wait.gate.set()
+        assert sorted(each.result(DEADLINE)[0] for each in asked) == [200] * 4 + [status] * 16
+        if status == 429:
+            assert others.result(DEADLINE)[0] == 200
+        assert ask("ann")[0] == 200
+        assert len(client.get("/api/conversations", headers=bearer("ann")).json()) == 5  # what is refused is not kept
+
+
+def test_without_tokens_everybody_is_one_user_without_a_limit_of_their_own() -> None:
+    wait = Wait()
+    with serving(scripted([wait, "Hello."]), max_turns_per_user=2) as client, ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(client.send_message, "hi") for _ in range(6)]
+        until(lambda: len(client.get("/api/conversations").json()) == 6)
+        wait.gate.set()
+        assert all(said(each.result(DEADLINE)) == "Hello." for each in asked)
+
+
+# ============================================================================================================ Page
+# In one class, because the browser's event loop stays in the thread for as long as the browser is there: async tests
+# must come before it or after.
+
+MARKDOWN = """# A heading
+One paragraph with **bold**, *italics*, `a * b`, a [link](https://example.org/a_(b)?c=1),
+and https://example.org/bare. snake_case_name, 2 * 3 * 4, \\*plain\\*.
+
+1. first
+   - inner **one**
+   - inner two
+2. second
+
+```python
+def f(x):
+
+    return "<b>" + x
+```
+
+~~~
+```
+~~~
+The end."""
+
+EVIL = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
+[a](javascript:window.hacked=3) [b](JAVASCRIPT:alert(1)) [c](data:text/html,<script>hacked=4</script>) [d](//e.example)
+<svg onload="window.hacked=5"> <a href="javascript:window.hacked=6">e</a> **<iframe src="javascript:hacked=7">**
+[f](https://x.example/"onmouseover="hacked=9)
+```html
+<img src=x onerror="window.hacked = 10">
+```"""
+
+FITS = "document.documentElement.scrollWidth <= innerWidth && document.querySelector('#log').scrollWidth <= innerWidth"
+
+LOW_CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d");
+  const rgb = (css) => {
+    Object.assign(canvas, {fillStyle: css}).fillRect(0, 0, 1, 1);
+    return canvas.getImageData(0, 0, 1, 1).data;
+  };
+  const channel = (v) => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+  const opaque = (css) => css !== "rgba(0, 0, 0, 0)";
+  const ground = (node) => opaque(getComputedStyle(node).backgroundColor) ? node : ground(node.parentElement);
+  const written = (node) => node.checkVisibility() && !node.closest("[disabled]")
+    && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  return [...document.querySelectorAll("body *")].filter(written).map((node) => {
+    const colours = [getComputedStyle(node).color, getComputedStyle(ground(node)).backgroundColor];
+    const [low, high] = colours.map((css) => light(rgb(css))).sort((a, b) => a - b);
+    return [node.textContent.slice(0, 30), (high + .05) / (low + .05)];
+  }).filter(([, ratio]) => ratio < 4.5);
+}"""
+
+
+class Tab:
+    """A page in the browser, and what a person does and sees there."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
+        self.expect = optional("playwright.sync_api").expect
+        self.input = page.get_by_label("Message", exact=True)
+        self.answer = page.locator(".assistant").last
+        self.log = page.locator("#log")
+        page.goto(url)
+
+    def say(self, text: str) -> None:
+        self.input.fill(text)
+        self.input.press("Enter")
+
+    def sees(self, text: str, selector: str = "#log") -> None:
+        self.expect(self.page.locator(selector)).to_contain_text(text)
+
+    def sees_no(self, selector: str) -> None:
+        self.expect(self.page.locator(f":is({selector}):visible")).to_have_count(0)
+
+    def button(self, name: str) -> Any:
+        return self.page.get_by_role("button", name=name)
+
+    def is_idle(self) -> None:
+        self.expect(self.page.locator("#send")).to_have_attribute("aria-label", "Send")
+
+    def is_busy(self) -> None:
+        self.expect(self.page.locator("#send")).to_have_attribute("aria-label", "Stop")
+
+    def texts(self, selector: str = ".assistant") -> list[str]:
+        return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
+
+
+@pytest.fixture(scope="class")
+def chromium() -> Iterator[Any]:
+    playwright = optional("playwright.sync_api")
+    playwright.expect.set_options(timeout=DEADLINE * 1000)
+    with playwright.sync_playwright() as tools:
+        try:
+            browser = tools.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except playwright.Error:
+            if TEST_ALL:
+                raise
+            pytest.skip("needs a Chromium, which is not installed")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(chromium: Any) -> Iterator[Any]:
+    """What a window of the browser shares with no other; in none of its pages may anything go wrong."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(DEADLINE * 1000)
+    wrong: list[str] = []
+    context.on("weberror", lambda error: wrong.append(str(error.error)))  # unhandled rejections as well
+    context.on("console", lambda line: wrong.append(line.text) if "Content Security Policy" in line.text else None)
+    yield context
+    context.close()
+    assert not wrong
+
+
+@pytest.fixture
+def visit(context: Any) -> Callable[..., Tab]:
+    """Open a server's page in a new tab."""
+    return lambda client, path="": Tab(context.new_page(), f"{str(client.base_url).rstrip('/')}/{path}")
+
+
+def counted(number: int) -> list[str]:
+    """The deltas of an answer of so many words."""
+    return [f"w{n} " for n in range(number)]
+
+
+class TestPage:
+    def test_an_answer_is_shown_while_it_is_written(self, visit: Callable[..., Tab]) -> None:
+        first, last = Wait(), Wait()
+        with serving(scripted([first, *counted(9), last, "the end"], ["again"])) as client:
+            tab = visit(client)
+            tab.say("  hello\nyou ")
+            tab.is_busy()
+            tab.sees("Thinking", "#thinking")
+            first.gate.set()
+            tab.sees("w8")
+            tab.sees_no("#thinking")
+            assert "the end" not in tab.log.inner_text() and tab.page.locator("#announce").inner_text() == ""
+            last.gate.set()
+            tab.is_idle()
+            assert tab.texts() == ["w0 w1 w2 w3 w4 w5 w6 w7 w8 the end"]
+            tab.sees("the end", "#announce")
+            tab.sees("hello you", "#title")
+            tab.sees("hello you", "#list .current")
+            assert tab.page.url.endswith("#/1")
+            tab.sees_no("#note, #tries, #tasks")
+            tab.say("more")
+            tab.is_idle()
+            assert len(tab.texts()) == 2 and len(client.get("/api/conversations").json()) == 1
+
+    def test_the_demo_with_its_tools_and_tasks(self, visit: Callable[..., Tab]) -> None:
+        with serving() as client:
+            tab = visit(client)
+            tab.sees("OPENAI_API_KEY", "#note")
+            tab.sees("demo", "#model")
+            tab.button("add buy milk to my list").click()
+            tab.sees("done", ".tool")
+            tab.sees_no("#welcome, .tool pre")
+            tab.page.locator(".tool summary").click()
+            tab.sees('"title": "buy milk"', ".tool pre >> nth=0")
+            tab.sees('"done": false', ".tool pre >> nth=1")
+            tab.is_idle()
+            task = tab.page.get_by_role("complementary", name="To-do list").get_by_label("buy milk")
+            tab.expect(task).not_to_be_checked()
+            tab.say("complete buy milk")
+            tab.expect(task).to_be_checked()
+            tab.is_idle()
+            task.click()
+            until(lambda: client.get("/api/tasks").json()[0]["done"] is False)
+            tab.say("show my tasks")
+            tab.is_idle()
+            tab.page.reload()
+            tab.expect(task).not_to_be_checked()
+            tab.expect(tab.page.locator(".tool.done")).to_have_count(4)
+            tab.sees_no(".widget")
+
+    def test_thoughts_widgets_and_notices(self, visit: Callable[..., Tab]) -> None:
+        @function_tool
+        async def report(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+            """Show what there is to show."""
+            await wrapper.context.widget({"type": "Card", "children": []}, copy_text="A card")
+            await wrapper.context.notice("warning", "Mind the **gap**.", "Careful")
+            await wrapper.context.effect("confetti")
+            return "ok"
+
+        wait = Wait()
+        with serving(scripted([Think("weigh this"), wait, Call("report")], ["So."], tools=[report])) as client:
+            tab = visit(client)
+            tab.say("x")
+            tab.sees("weigh this", "#thinking")
+            wait.gate.set()
+            tab.is_idle()
+            tab.sees("A card", ".widget")
+            tab.sees("CarefulMind the gap.", ".notice.warning")
+            assert tab.texts() == ["So."] and "weigh" not in tab.page.locator("main").inner_text()
+            tab.page.reload()
+            tab.sees("A card", ".widget")
+
+    def test_markdown(self, context: Any, visit: Callable[..., Tab]) -> None:
+        with serving(scripted(re.findall(r"[^\n]{1,7}|\n", MARKDOWN), delay=0.001)) as client:
+            tab = visit(client)
+            tab.say("x")
+            for _ in ("as it came", "as it was loaded"):
+                tab.sees("The end.")
+                tab.is_idle()
+                for selector, texts in {
+                    "h3": ["A heading"],
+                    "strong": ["bold", "one"],
+                    "em": ["italics"],
+                    "p code": ["a * b"],
+                    "a": ["link", "https://example.org/bare"],
+                    "ol > li > ul > li": ["inner one", "inner two"],
+                    "pre": ['def f(x):\n\n    return "<b>" + x', "```"],
+                }.items():
+                    assert tab.texts(f".assistant {selector}") == texts
+                assert tab.page.locator("ol > li").count() == 2
+                assert (
+                    tab.page.get_by_role("link", name="link").get_attribute("href") == "https://example.org/a_(b)?c=1"
+                )
+                tab.sees("snake_case_name, 2 * 3 * 4, *plain*.")
+                tab.page.reload()
+            context.grant_permissions(["clipboard-read", "clipboard-write"])
+            tab.button("Copy").first.click()
+            tab.expect(tab.button("Copied")).to_be_visible()
+            assert tab.page.evaluate("navigator.clipboard.readText()") == 'def f(x):\n\n    return "<b>" + x'
+
+    def test_nothing_that_is_written_can_run(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted([EVIL], [mark * 3000 for mark in ("*", "`", "[", "- ", "> ", "**a ", "_a")])) as client:
+            tab = visit(client)
+            tab.say(EVIL)
+            for _ in ("as it came", "as it was loaded"):
+                tab.sees("hacked = 10", ".assistant pre")
+                tab.is_idle()
+                assert tab.page.evaluate("window.hacked") is None
+                assert tab.page.locator("#log :is(script, img, svg, iframe)").count() == 0
+                hrefs = [link.get_attribute("href") for link in tab.page.locator("#log a").all()]
+                assert hrefs == ['https://x.example/"onmouseover="hacked=9']
+                tab.sees('<img src=x onerror="window.hacked = 2">', ".user")
+                tab.page.reload()
+            tab.say("much of everything")
+            tab.is_idle()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\son\w+=\"", ck.PAGE)
+
+    def test_stop(self, visit: Callable[..., Tab]) -> None:
+        wait = Wait()
+        with serving(scripted(["so far ", wait, "too far"])) as client:
+            tab = visit(client)
+            tab.say("x")
+            tab.sees("so far")
+            tab.button("Stop").click()
+            tab.is_idle()
+            assert wait.left.wait(DEADLINE)
+            for _ in ("as it came", "as it was loaded"):
+                tab.sees("Stopped")
+                assert tab.texts() == ["so far"]
+                tab.page.reload()
+
+    def test_reloading_in_mid_answer(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted(["let me see", Call("echo", {"text": "x"})], counted(60), delay=0.03)) as client:
+            tab = visit(client)
+            tab.say("x")
+            for word in ("see", "w7", "w23", "w41"):
+                tab.sees(f"{word} " if word != "see" else word)
+                tab.page.reload()
+                tab.is_busy()
+            tab.is_idle()
+            assert tab.texts() == ["let me see", "".join(counted(60)).strip()]
+            assert tab.texts(".tool summary") == ["echo\ndone"] and tab.texts(".user") == ["x"]
+
+    def test_the_network_is_away_for_a_while(self, context: Any) -> None:
+        settings = ck.Settings(database=":memory:", model="demo")
+        server = ck.serve_in_background(ck.create_app(scripted(counted(70), delay=0.03), settings=settings))
+        with server as url:
+            tab = Tab(context.new_page(), url)
+            tab.say("x")
+            tab.sees("w7 ")
+            context.set_offline(True)  # for new connections; those there are:
+            for connection in list(server._server.server_state.connections):
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
+            tab.sees("The server does not answer", "#banner")
+            context.set_offline(False)
+            tab.is_busy()
+            tab.is_idle()
+            assert tab.texts() == ["".join(counted(70)).strip()] and tab.texts(".user") == ["x"]
+            tab.sees_no("#banner")
+
+    def test_the_server_dies_and_comes_back(self, tmp_path: Path, visit: Callable[..., Tab]) -> None:
+        port = ("--port", str(free_port()))
+        with Process(*port, cwd=tmp_path) as process:
+            tab = visit(process.client())
+            tab.say("hello")
+            tab.sees("rules")
+            until(lambda: "rules" in process.client().messages(1)[-1]["content"])
+        tab.sees("The server does not answer", "#banner")
+        with Process(*port, cwd=tmp_path):
+            tab.sees("Interrupted")
+            tab.sees_no("#banner")
+        tab.say("are you there?")
+        tab.sees("Not sent: the server does not answer", "#problem")
+        tab.expect(tab.input).to_have_value("are you there?")
+        assert tab.texts(".user") == ["hello"]
+        with Process(*port, cwd=tmp_path):
+            tab.expect(tab.button("Retry")).to_be_visible()
+            tab.sees_no("#banner")
+            tab.input.press("Enter")
+            tab.sees("start the server again.")
+            tab.is_idle()
+            assert tab.texts(".user") == ["hello", "are you there?"]
+
+    def test_two_tabs(self, visit: Callable[..., Tab]) -> None:
+        wait = Wait()
+        with serving(scripted(["one ", wait, "two"], ["three"])) as client:
+            first = visit(client)
+            first.say("x")
+            first.sees("one")
+            second = visit(client, "#/1")
+            second.sees("one")
+            second.is_busy()
+            second.say("y")  # Enter does nothing while it is being answered
+            wait.gate.set()
+            second.is_idle()
+            second.input.press("Enter")
+            second.sees("three")
+            second.is_idle()
+            first.page.evaluate("dispatchEvent(new Event('focus'))")
+            first.sees("three")
+            assert first.texts() == second.texts() == ["one two", "three"]
+
+    def test_conversations_are_searched_renamed_and_deleted(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted(["ok"])) as client:
+            for text in ("apples are red", "pears are green", "plums are blue"):
+                client.send_message(text)
+            tab = visit(client)
+            rows = tab.page.locator("#list .row")
+            tab.expect(rows).to_have_text(["plums are blue", "pears are green", "apples are red"])
+            search = tab.page.get_by_label("Search conversations")
+            search.fill("green")
+            tab.expect(rows).to_have_count(1)
+            search.fill("nothing like it")
+            tab.sees("Nothing found.", "#nothing")
+            search.fill("")
+            tab.expect(rows).to_have_count(3)
+            tab.page.get_by_role("link", name="pears are green").click()
+            tab.button("Rename pears are green").click()
+            tab.page.keyboard.type("Pears!")
+            tab.page.keyboard.press("Enter")
+            tab.sees("Pears!", "#title")
+            tab.sees("Pears!", "#list .current")
+            tab.button("Delete Pears!").click()
+            tab.button("Cancel").click()
+            tab.button("Delete Pears!").click()
+            assert len(client.get("/api/conversations").json()) == 3
+            tab.sees("Pears!", "dialog")
+            tab.button("OK").click()
+            tab.expect(rows).to_have_count(2)
+            tab.sees("How can I help?", "#welcome")
+
+    def test_addresses_go_back_and_forward(self, visit: Callable[..., Tab]) -> None:
+        wait = Wait()
+        with serving(scripted(["one"], ["two ", wait, "three"])) as client:
+            client.send_message("first")
+            tab = visit(client)
+            tab.say("second")
+            tab.sees("two")
+            tab.page.get_by_role("link", name="first").click()
+            tab.sees("one")
+            tab.is_idle()
+            tab.page.go_back()
+            tab.sees("two")
+            tab.is_busy()
+            tab.page.go_forward()
+            tab.sees("one")
+            wait.gate.set()
+            tab.page.get_by_role("link", name="second").click()
+            tab.sees("two three")
+            tab.is_idle()
+            tab.page.get_by_role("link", name="New conversation").click()
+            tab.sees("How can I help?", "#welcome")
+            assert not tab.texts()
+            tab.page.evaluate("location.hash = '#/99'")
+            tab.sees("Conversation not found", "#problem")
+
+    def test_a_token_is_asked_for_and_stays_in_the_tab(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted(["hello"]), jwt_secret=SECRET) as client:
+            tab = visit(client)
+            tab.sees("asks for a token", "dialog")
+            tab.page.keyboard.type("wrong \u2603")
+            tab.page.keyboard.press("Enter")
+            tab.sees("The token is not valid", "dialog")
+            token = bearer("ann")["Authorization"].removeprefix("Bearer ")
+            tab.page.keyboard.type(token)
+            tab.page.keyboard.press("Enter")
+            tab.sees_no("dialog")
+            tab.say("x")
+            tab.is_idle()
+            tab.page.reload()
+            tab.sees("hello")
+            kept = tab.page.evaluate("[...Object.values(sessionStorage), localStorage.length, document.cookie]")
+            assert kept == [token, 0, ""]
+
+    def test_questions(self, visit: Callable[..., Tab]) -> None:
+        @function_tool
+        async def survey(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
+            """Ask the person."""
+            choice = {"type": "multiple_choice", "options": [{"value": "Small"}, {"value": "Large"}]}
+            return wrapper.context.ask(
+                [
+                    {**choice, "id": "size", "question": "Which size?"},
+                    {**choice, "id": "more", "question": "Which as well?", "multiple": True},
+                    {"type": "freeform", "id": "note", "question": "Anything else?"},
+                ]
+            )
+
+        agent = scripted([Call("survey")], ["Thanks."], tools=[survey])
+        with serving(agent) as client:
+            tab = visit(client)
+            tab.say("x")
+            tab.is_idle()
+            tab.button("Send answers").click()  # which says what is missing
+            tab.page.reload()
+            tab.page.get_by_label("Large").first.check()
+            tab.page.get_by_label("Anything else?").last.fill("No <b>sugar</b>")
+            tab.button("Send answers").click()
+            tab.sees("Thanks.")
+            tab.is_idle()
+            tab.sees_no("form")
+            told = json.loads(client.messages(1)[1]["content"])
+            assert [answer.get("values") for answer in told] == [["Large"], None, ["No <b>sugar</b>"]]
+
+    def test_errors_can_be_retried(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted(["so "], [RuntimeError("no")], [RuntimeError("no")], ["well"])) as client:
+            tab = visit(client)
+            tab.say("x")
+            tab.is_idle()
+            tab.say("y")
+            tab.expect(tab.page.get_by_role("alert").get_by_role("button", name="Retry")).to_be_visible()
+            tab.is_idle()
+            tab.page.reload()
+            tab.button("Retry").click()
+            tab.expect(tab.page.get_by_role("alert").get_by_role("button", name="Retry")).to_be_visible()
+            tab.button("Retry").click()
+            tab.sees("well")
+            tab.is_idle()
+            assert tab.texts() == ["so", "well"] and tab.texts(".user") == ["x", "y"]
+            tab.sees_no(".notice, .retry")
+
+    def test_a_refused_message_is_given_back(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted(["ok"])) as client:
+            client.send_message("x")
+            tab = visit(client, "#/1")
+            tab.sees("ok")
+            client.patch("/api/conversations/1", json={"status": "locked"})
+            tab.say("more")
+            tab.sees("Not sent: The conversation is locked", "#problem")
+            tab.expect(tab.input).to_have_value("more")
+            client.patch("/api/conversations/1", json={"status": "active"})
+            tab.input.press("Enter")
+            tab.expect(tab.page.locator(".assistant")).to_have_count(2)
+            tab.is_idle()
+            assert tab.texts(".user") == ["x", "more"]
+            tab.sees_no("#problem")
+
+    def test_the_keyboard_is_enough(self, visit: Callable[..., Tab]) -> None:
+        wait = Wait()
+        with serving(scripted([wait, "ok"])) as client:
+            tab = visit(client)
+            tab.expect(tab.input).to_be_focused()
+            low = tab.input.bounding_box()["height"]
+            tab.page.keyboard.type("one")
+            tab.page.keyboard.press("Shift+Enter")
+            tab.page.keyboard.type("two")
+            assert tab.input.input_value() == "one\ntwo" and tab.input.bounding_box()["height"] > low
+            tab.page.keyboard.press("Enter")
+            tab.is_busy()
+            assert tab.texts(".user") == ["one\ntwo"] and tab.input.bounding_box()["height"] == low
+            tab.page.keyboard.press("Tab")
+            tab.page.keyboard.press("Enter")
+            assert wait.left.wait(DEADLINE)
+            tab.is_idle()
+            nameless = """[...document.querySelectorAll("button, a, input, textarea")].filter((node) => !(node.ariaLabel
+                || node.textContent.trim() || node.ariaLabelledByElements?.length || node.labels?.length)).length"""
+            assert tab.page.evaluate(nameless) == 0
+
+    def test_the_view_follows_unless_scrolled_up(self, visit: Callable[..., Tab]) -> None:
+        with serving(scripted([f"line {n}\n\n" for n in range(100)], delay=0.02)) as client:
+            tab = visit(client)
+            tab.page.set_viewport_size({"width": 1280, "height": 400})
+            tab.say("x")
+            tab.sees("line 40")
+            assert tab.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 60
+            tab.page.mouse.move(600, 150)
+            tab.page.mouse.wheel(0, -300)
+            until(lambda: tab.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") > 250)
+            top = tab.page.evaluate("scroller.scrollTop")
+            tab.sees("line 70")
+            assert tab.page.evaluate("scroller.scrollTop") == top
+            tab.page.mouse.wheel(0, 9999)
+            tab.is_idle()
+            tab.expect(tab.page.get_by_text("line 99", exact=True)).to_be_in_viewport()
+
+    @pytest.mark.parametrize("width", [1280, 390])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_fits_and_can_be_read(self, visit: Callable[..., Tab], width: int, scheme: str) -> None:
+        with serving() as client:
+            for text in ("an earlier conversation with a title that does not fit", "add milk", "x" * 300):
+                client.send_message(text)
+            client.post("/chatkit", json={"message": MARKDOWN, "thread_id": 2})
+            tab = visit(client)
+            tab.page.emulate_media(color_scheme=scheme)
+            tab.page.set_viewport_size({"width": width, "height": 800})
+            for number in ("", "2", "3", "99"):
+                tab.page.evaluate(f"location.hash = '#/{number}'")
+                tab.sees({"": "How can I", "2": "The end.", "3": "xxx", "99": "not found"}[number], "main")
+                assert tab.page.evaluate(FITS)
+                assert tab.page.evaluate(LOW_CONTRAST) == []
+            if width == 390:
+                tab.sees_no("#sidebar, #tasks")
+                tab.button("To-do list").click()
+                tab.expect(tab.page.get_by_role("checkbox", name="milk")).to_be_visible()
+                tab.page.keyboard.press("Escape")
+                tab.button("Conversations").click()
+                tab.page.get_by_role("link", name="an earlier").click()
+                tab.sees_no("#sidebar, #tasks")
+                tab.sees("an earlier", ".user")
+
+    def test_it_works_mounted_in_another_app(self, context: Any) -> None:
+        app = ck.create_app(scripted(["hello"]), settings=ck.Settings(database=":memory:", model="demo"))
+        outer = FastAPI()
+        outer.mount("/some/where", app)
+        outer.state.chat = app.state.chat
+        with ck.serve_in_background(outer) as url:
+            tab = Tab(context.new_page(), f"{url}/some/where")
+            tab.say("x")
+            tab.sees("hello")
+            tab.is_idle()
+            tab = Tab(context.new_page(), f"{url}/some/where/#/1")
+            tab.sees("hello")
+            tab.say("y")
+            tab.expect(tab.page.locator(".assistant")).to_have_count(2)
