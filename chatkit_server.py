@@ -437,19 +437,19 @@ class Store:
         return [dict(row) for row in await self._read(sql, user_id, limit, offset)]
 
     async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
-        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
-        owner, tokens = user_id.encode().hex().upper(), words.replace("\0", " ").split()
-        if not tokens:
+        """Those whose title, or one of whose messages, has all these words, or words that begin so.
+
+        A word that more than SEARCH_DEPTH messages of the file have must be whole.
+        """
+        terms = []
+        for word in words.replace("\0", " ").split():
+            term = '"' + word.replace('"', '""') + '"'
+            # A word that is everywhere is found at once as a whole, but slowly as the beginning of others.
+            sql = "SELECT rowid FROM message_search WHERE message_search MATCH ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
+            terms.append(term if await self._read(sql, f"body : {term}", SEARCH_DEPTH) else term + "*")
+        if not terms:
             return []
-
-        def query(ending: str) -> str:
-            terms = " AND ".join('"' + token.replace('"', '""') + f'"{ending}' for token in tokens)
-            return f'owner : "{owner}" AND body : ({terms})'
-
-        # A word that is everywhere is found at once as a whole, but slowly as the beginning of others.
-        sql = "SELECT rowid FROM message_search WHERE message_search MATCH ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
-        everywhere = await self._read(sql, query(""), SEARCH_DEPTH - 1)
-        match = query("" if everywhere else "*")
+        match = f'owner : "{user_id.encode().hex().upper()}" AND body : ({" AND ".join(terms)})'
         sql = """
             WITH hits AS (
                 SELECT m.conversation_id AS id FROM (
