@@ -1512,16 +1512,31 @@ class EmptyAnswer(Exception):
     """The model ended without a word."""
 
 
+def _http_status(error: BaseException | None) -> int:
+    """The HTTP status behind an error, 0 if there is none.
+
+    LiteLLM goes by digits in the provider's text, where a port or a length may look like a status; so what counts is
+    the error that its own came from.
+    """
+    status = 0
+    while error is not None:
+        found = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+        status = found if isinstance(found, int) else status
+        error = error.__cause__ or error.__context__
+    return status
+
+
 def explain(error: BaseException) -> tuple[str, str, bool]:
     """An error as a person may see it: its code, a text from a fixed list, and whether to try again is worth it.
 
     The error's own text stays out: providers put keys, addresses and prompts into theirs.
     """
     error = getattr(error, "original_exception", None) or error  # what LiteLLM has wrapped in one of its own
-    if isinstance(error, (openai.APITimeoutError, ModelTimeoutError, asyncio.TimeoutError, TimeoutError)):
+    status = _http_status(error)
+    if not status and isinstance(
+        error, (openai.APITimeoutError, ModelTimeoutError, asyncio.TimeoutError, TimeoutError)
+    ):
         return "timeout", "The model took too long to answer.", True
-    status = getattr(error, "status_code", None)
-    status = status if isinstance(status, int) else 0
     if status in (401, 403):
         return "key_rejected", "The model's provider rejected the API key.", False
     if status in (402, 429):
@@ -2829,7 +2844,7 @@ class ItemParams(InThread):
 
 
 class ItemsPageParams(PageParams, InThread):
-    pass
+    """A page, and the thread that it is of."""
 
 
 class RenameParams(InThread):
@@ -4617,7 +4632,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"chatkit_server: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        pass
+        return 0  # all is saved by now
     return 0
 
 

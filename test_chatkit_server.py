@@ -1646,8 +1646,6 @@ FAILURES: dict[str, tuple[list[Any], tuple[str, bool], str]] = {
     "a call id twice": ([Call("add_task", {"title": each}, "same") for each in "ab"], BAD_ANSWER, ""),
 }
 FAILURES_OF_GEMINI: dict[str, tuple[list[Any], tuple[str, bool], str] | None] = {
-    "402": ([Status(402)], UNREACHABLE, ""),
-    "413": ([Status(413)], UNREACHABLE, ""),
     "not JSON": ([OOPS], UNREACHABLE, ""),
     "not JSON in the middle": ([*"a long half", OOPS], UNREACHABLE, "a long half"),
     "no room for content": ([End("MAX_TOKENS")], EMPTY, ""),
@@ -1730,6 +1728,20 @@ def test_an_answer_that_stops_dead_times_out(protocol: str, answer: list[Any], k
         assert "".join(row["content"] for row in rows) == kept
         assert not rows or rows[-1]["status"] == "failed"
         assert said(client.send_message("again", 1)) == "Next."
+
+
+def test_what_counts_is_the_status_that_a_provider_gave() -> None:
+    """LiteLLM takes a port or a length in the provider's text for a status."""
+
+    class Guessed(Exception):
+        status_code = 403
+
+    class Given(Exception):
+        status_code = 503
+
+    error = Guessed("from 127.0.0.1:34033")
+    error.__context__ = Given()
+    assert ck.explain(error)[0] == "unreachable"
 
 
 @pytest.mark.parametrize("protocol", ["chat", "gemini"])
