@@ -5915,7 +5915,7 @@ def test_readers_that_stop_reading_hold_up_nobody_and_take_no_memory() -> None:
         with client.stream("POST", "/chatkit", json={"message": "Talk"}) as response:  # one leaves when it began
             until(start.reached.is_set)
             thread = int(response.headers["x-thread-id"])
-            for _ in range(20):
+            for _ in range(50):
                 reader = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
                 reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 reader.sendall(f"GET /api/conversations/{thread}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
@@ -5927,7 +5927,8 @@ def test_readers_that_stop_reading_hold_up_nobody_and_take_no_memory() -> None:
         until(lambda: client.messages(thread)[-1]["status"] == "done", 30)
         assert len(client.messages(thread)[-1]["content"]) == 8_000_000
         assert said(client.send_message("Hello")) == "Quick."
-        assert memory_used() - before < 150e6  # fifty copies would be 400 MB
+        # The answer, and this process's own look at it, come to some 150 MB; fifty copies would be 400 more.
+        assert memory_used() - before < 300e6
 
 
 def statements() -> list[Any]:
