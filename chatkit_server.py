@@ -307,7 +307,17 @@ class Store:
             connection = await aiosqlite.connect(self.path, isolation_level=None)
             connection.row_factory = sqlite3.Row
             self._connection = connection
-            await self._prepare()
+            for attempt in range(50):
+                try:
+                    await self._prepare()
+                    break
+                except sqlite3.OperationalError as error:
+                    # Another process makes the same file at this moment: its search tables cannot be read half-way.
+                    if attempt == 49 or "vtable constructor" not in str(error):
+                        raise
+                    if connection.in_transaction:
+                        await self._read("ROLLBACK")
+                    await asyncio.sleep(0.1)
         except (sqlite3.Error, OSError, StoreError) as error:
             self._connection = None
             if connection is not None:
