@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "fastapi>=0.115,<1",
+#     "uvicorn[standard]>=0.36,<1",
+#     "aiosqlite>=0.22,<0.23",
+#     "openai-agents>=0.24,<0.25",
+#     "PyJWT[crypto]>=2.14,<3",
+#     "litellm==1.83.0",
+# ]
+# ///
 """A complete ChatKit backend in one file.
 
 Run with:
@@ -9,26 +20,33 @@ http://localhost:8000/chatkit. One module holds everything that runs; schema.sql
 
 A message travels like this:
 
-    POST /chatkit -- decode --> Turn ------> the agent: model, tools
+    POST /chatkit -- decode --> Turn -------> Run: the agent, its model, its tools
        (plain or ChatKit)        |  a task of its own, one for each conversation
                                  |-> Store   every item is written as it happens
-                                 '-> EventStream -- encode --> server-sent events
-                                     any number of readers     (plain or ChatKit)
+                                 '-> event_stream -- encode --> server-sent events
+                                     any number of readers      (plain or ChatKit)
 
-The sections, each of which uses only what stands above it:
+The sections:
 
     Settings         what can be configured; the only place that reads the environment
+    Database         one SQLite file, and what stands or falls together in it; Old files brings it forward
     Store            all SQL, and nothing but SQL
-    Agent            what tools can do, the to-do assistant, the offline demo model, choosing a model
-    Turn             answering one message: running the agent, our events, following them
-    Chat             what one app holds: beginning turns, and stopping them
-    Plain dialect    events as anyone can read them with curl
-    ChatKit dialect  the same as the ChatKit protocol
-    HTTP             create_app(), who may call, the routes
-    Page             the built-in web page
+    Agent            what a tool, an action handler or a generator can do: TurnContext, which speaks in a Turn
+    Assistant        the to-do list's tools; Demo model, which needs no network; Models, choosing one by name
+    Items            how a row looks to the model, to ChatKit and in plain text; Files, what a person attaches
+    Turn             one answer being made: its life, its events, its rows; Saying, texts that grow
+    Answering        from a message to a run (Items); Run, what the Agents SDK reports becomes rows
+    Agents           who answers in an app: an Agent of the SDK's, a function or a generator (Models)
+    Requests         what is asked of a Chat, and how it is refused
+    Chat             beginning turns, and stopping them (Store, Agents, Turn, Answering)
+    Plain dialect    a turn's events as anyone can read them (Chat, Items)
+    ChatKit dialect  the same as the ChatKit protocol, and its sixteen operations (Chat, Items)
+    Who may call     tokens, origins, and bodies that are too long
+    Bodies           what goes in and out, as /docs shows it
+    HTTP             the routes: each asks the Chat, and answers in a dialect
+    App              create_app(): all of it together
+    Page             the built-in web page, and one with OpenAI's component
     Start            main() and serve_in_background()
-
-The ChatKit dialect was checked against the types of the official Python SDK, openai-chatkit 1.6.5.
 """
 
 from __future__ import annotations
@@ -41,14 +59,16 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Pytho
 import argparse
 import asyncio
 import base64
+import collections
 import contextlib
+import difflib
 import errno
+import functools
 import gc
-import hashlib
-import ipaddress
+import inspect
+import itertools
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -58,153 +78,142 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast
 
 try:
     import aiosqlite
     import openai
     import uvicorn
-    from agents import (
-        Agent,
-        InputGuardrailTripwireTriggered,
-        ItemHelpers,
-        MaxTurnsExceeded,
-        Model,
-        ModelBehaviorError,
-        ModelProvider,
-        ModelRefusalError,
-        ModelResponse,
-        ModelSettings,
-        OpenAIChatCompletionsModel,
-        OpenAIResponsesModel,
-        OutputGuardrailTripwireTriggered,
-        RunConfig,
-        RunContextWrapper,
-        RunHooks,
-        Runner,
-        RunResultStreaming,
-        StreamEvent,
-        Tool,
-        ToolErrorFormatterArgs,
-        ToolInputGuardrailTripwireTriggered,
-        ToolOutputGuardrailTripwireTriggered,
-        TResponseInputItem,
-        Usage,
-        function_tool,
+    from agents import (  # isort: skip
+        Agent, FunctionTool, InputGuardrailTripwireTriggered, MaxTurnsExceeded, Model, ModelBehaviorError,
+        ModelProvider, ModelRefusalError, ModelResponse, ModelSettings, OpenAIChatCompletionsModel,
+        OpenAIResponsesModel, OutputGuardrailTripwireTriggered, RunConfig, RunContextWrapper, RunHooks,
+        Runner, RunResultStreaming, RunState, StreamEvent, ToolErrorFormatterArgs,
+        ToolInputGuardrailTripwireTriggered, ToolOutputGuardrailTripwireTriggered, Usage, function_tool,
         set_tracing_disabled,
-    )
+    )  # fmt: skip
     from agents.exceptions import ModelTimeoutError, _mark_error_to_drain_stream_events
     from agents.items import TResponseStreamEvent
-    from agents.models.default_models import get_default_model
+    from agents.mcp import MCPServer, MCPServerManager
+    from agents.models import get_default_model, get_default_model_settings
+    from agents.testing import ModelCall, ModelStep, ScriptedModel, assistant_message, function_call
     from dotenv import load_dotenv
-    from fastapi import Depends, FastAPI, Header, Query
+    from fastapi import Body, Depends, FastAPI, Header, Query, UploadFile
     from fastapi.exceptions import RequestValidationError
+    from fastapi.routing import APIRoute, APIRouter
     from openai import AsyncOpenAI
-    from openai.types.responses import (
-        Response as ModelOutput,
-        ResponseCompletedEvent,
-        ResponseFunctionToolCall,
-        ResponseOutputItem,
-        ResponseOutputItemDoneEvent,
-        ResponseOutputMessage,
-        ResponseOutputText,
-        ResponseTextDeltaEvent,
-        ResponseUsage,
-    )
-    from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
-    from starlette.datastructures import UploadFile
-    from starlette.formparsers import MultiPartException, MultiPartParser
+    from pydantic import (  # isort: skip
+        AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, NonNegativeInt,
+        StringConstraints, Tag, TypeAdapter, ValidationError, ValidationInfo, create_model, field_validator,
+        model_validator,
+    )  # fmt: skip
+    from pydantic_core import from_json
+    from starlette.datastructures import Headers
+    from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from starlette.types import Message, Receive, Scope, Send
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
-    sys.exit(f"chatkit_server: {missing.name} is not installed. The README's first command installs what is needed.")
+    sys.exit(f"chatkit_server: {missing.name} is not installed. The README's first command installs it.")
 
 __all__ = [
-    "ClientTool",
-    "Questions",
-    "Refused",
-    "Settings",
-    "SettingsError",
-    "Store",
-    "StoreError",
-    "TurnContext",
-    "create_app",
-    "serve_in_background",
-    "stream_agent",
-]
+    "ClientTool", "Questions", "Refused", "Settings", "SettingsError", "Store", "StoreError", "TurnContext",
+    "create_app", "serve_in_background", "stream_agent",
+]  # fmt: skip
 
-# ======================================================================================================== Settings
+# =================================================================================================== Settings
 # What can be configured. `Settings.from_env()` is the only place that reads the environment.
 
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("chatkit")
 
+Row = dict[str, Any]  # of the database, or any other JSON object
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+Origin = Annotated[str, Field(pattern="^https?://[^/]+/?$"), AfterValidator(lambda text: text.rstrip("/"))]
+DEV_ORIGINS = tuple(f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173))
+
 
 class SettingsError(ValueError):
-    """A setting that makes no sense; the text names it and says what would."""
+    """A setting or an argument that makes no sense; the text names it and says what would."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How one app behaves. Each field's environment name is CHATKIT_ and its name, unless a comment says otherwise."""
+class Settings(BaseModel):
+    """How one app behaves. The environment's names are CHATKIT_ and the field's, unless a comment says so.
+
+    A list may be given as text. Raises SettingsError, one line that names the setting that makes no sense.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    database: str = "chatkit.db"  # a path, or ":memory:"
+    port: int = Field(8000, ge=0, le=65535)
+    database: str = Field("chatkit.db", pattern=r"\S", description="a path or :memory:")
+    title: str = "ChatKit"  # these three are for the pages
+    greeting: str = "How can I help?"
+    starters: tuple[str, ...] = ()  # separated by |
     model: str | None = None  # see Models for what the names mean
-    models: tuple[str, ...] = ()  # further models that a message may ask for
-    jwt_secret: str | None = field(default=None, repr=False)  # also BETTER_AUTH_SECRET
+    models: dict[str, str] = Field({})  # what a message may ask for, and its model: names, or choice=name
+    show_tools: Literal["full", "names", "none"] = "full"  # what readers see of tool calls
+    jwt_secret: str | None = Field(None, min_length=32, repr=False)  # also BETTER_AUTH_SECRET
     jwt_audience: str | None = None
     jwt_issuer: str | None = None
-    jwks_url: str | None = None  # public keys, for EdDSA, ES256 and RS256 tokens
-    cors_origins: tuple[str, ...] = ("http://localhost:3000", "http://localhost:5173")
-    history_limit: int = 40  # items that the model is shown
-    on_disconnect: str = "cancel"  # what a ChatKit reader that leaves does to its turn: "cancel" or "continue"
-    max_message_chars: int = 32_000
-    max_attachment_bytes: int = 10 * 1024 * 1024
-    max_steps: int = 10  # model calls a turn
-    max_concurrent_turns: int = 256
-    max_turns_per_user: int = 8  # for users who come with a token
-    turn_timeout: float = 300.0  # seconds
+    jwks_url: str | None = Field(None, pattern="^https?://")  # public keys, for EdDSA, ES256 and RS256 tokens
+    cors_origins: tuple[Origin, ...] = Field(DEV_ORIGINS, description="origins such as http://localhost:3000")
+    history_limit: int = Field(40, ge=1)  # items that the model is shown
+    on_disconnect: Literal["cancel", "continue"] = "cancel"  # what a ChatKit reader does who leaves
+    max_message_chars: int = Field(32_000, ge=1)
+    max_attachment_bytes: int = Field(10 * 1024 * 1024, ge=1)
+    max_steps: int = Field(10, ge=1)  # model calls a turn
+    max_concurrent_turns: int = Field(256, ge=1)
+    max_turns_per_user: int = Field(8, ge=1)  # for users who come with a token
+    turn_timeout: float = Field(300.0, gt=0, allow_inf_nan=False)  # seconds
     tracing: bool = False  # send the Agents SDK's traces to OpenAI
-    log_level: str = "info"
-    openai_api_key: str | None = field(default=None, repr=False)  # OPENAI_API_KEY
-    openai_base_url: str | None = None  # OPENAI_BASE_URL
-    gemini_api_key: str | None = field(default=None, repr=False)  # GEMINI_API_KEY
-    gemini_model: str = "gemini-2.5-flash"  # GEMINI_MODEL
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    openai_api_key: str | None = Field(None, repr=False)  # these four without CHATKIT_
+    openai_base_url: str | None = None
+    gemini_api_key: str | None = Field(None, repr=False)
+    gemini_model: str = "gemini-2.5-flash"
 
-    def __post_init__(self) -> None:
-        """Raises SettingsError, one line that names the setting."""
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as failure:
+            error, fields = failure.errors()[0], type(self).model_fields
+            name = str(error["loc"][0])
+            if name not in fields:
+                raise SettingsError(f"There is no setting {name!r}{_nearest(name, fields) or '.'}") from None
+            wanted = fields[name].description
+            told = f"it must be {wanted}" if wanted else error["msg"]
+            shown = "" if name.endswith(("_secret", "_key")) else f", not {error['input']!r}"
+            raise SettingsError(f"{name} ({self.env_name(name)}): {told}{shown}.") from None
 
-        def check(name: str, fits: bool, wanted: str) -> None:
-            if not fits:
-                raise SettingsError(f"{self.env_name(name)} must be {wanted}, not {getattr(self, name)!r}.")
-
-        check("port", 0 <= self.port <= 65535, "a port from 0 to 65535")
-        check("database", bool(self.database.strip()) and "\0" not in self.database, "a file name or :memory:")
-        check("on_disconnect", self.on_disconnect in ("cancel", "continue"), "cancel or continue")
-        check("log_level", self.log_level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
-        check("turn_timeout", 0 < self.turn_timeout < float("inf"), "a number of seconds above 0")
-        for name in ("history_limit", "max_message_chars", "max_attachment_bytes", "max_steps"):
-            check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("max_concurrent_turns", "max_turns_per_user"):
-            check(name, getattr(self, name) >= 1, "1 or more")
-        check("jwks_url", (self.jwks_url or "https:").startswith(("http:", "https:")), "an http or https URL")
-        for origin in self.cors_origins:
-            check("cors_origins", origin.startswith(("http://", "https://")), "origins such as http://localhost:3000")
+    @field_validator("starters", "models", "cors_origins", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            parts = value.split("|" if info.field_name == "starters" else ",")
+            value = [part.strip() for part in parts if part.strip()]
+        if info.field_name == "models" and not isinstance(value, dict):
+            pairs = [text.partition("=") for text in value]
+            return {choice.strip(): model.strip() or choice.strip() for choice, _, model in pairs}
+        return value
 
     @property
     def needs_token(self) -> bool:
         """Whether a caller must show who it is."""
         return bool(self.jwt_secret or self.jwks_url)
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must never be seen in a log."""
+        return [secret for secret in (self.jwt_secret, self.openai_api_key, self.gemini_api_key) if secret]
 
     @staticmethod
     def env_name(name: str) -> str:
@@ -214,81 +223,252 @@ class Settings:
     def from_env(cls, **overrides: Any) -> Settings:
         """The environment's settings, those of a .env file beside this module added, `overrides` on top.
 
-        An empty value counts as not set. Raises SettingsError.
+        An empty value counts as not set; an unknown CHATKIT_ variable gets a warning. Raises SettingsError.
         """
-        load_dotenv(HERE / ".env")  # into os.environ, where LiteLLM looks for keys; what is set there already wins
-        values: dict[str, Any] = {}
-        for each in fields(cls):
-            name = cls.env_name(each.name)
-            text = os.environ.get(name, "").strip()
-            if each.name == "jwt_secret":
-                text = text or os.environ.get("BETTER_AUTH_SECRET", "").strip()
-            if text:
-                values[each.name] = cls._parse(name, text, each.default)
-            elif name in os.environ and name.endswith("_API_KEY") and each.name not in overrides:
-                log.warning("%s is set but empty, which counts as not set.", name)
-        return cls(**{**values, **overrides})
-
-    @staticmethod
-    def _parse(name: str, text: str, default: object) -> object:
-        """A value from the environment, in the type of its field's default."""
-        if isinstance(default, bool):
-            if text.lower() not in ("0", "1", "false", "true", "no", "yes"):
-                raise SettingsError(f"{name} must be 1 or 0, not {text!r}.")
-            return text.lower() in ("1", "true", "yes")
-        if isinstance(default, (int, float)):
-            try:
-                return type(default)(text)
-            except ValueError:
-                kind = "a whole number" if isinstance(default, int) else "a number"
-                raise SettingsError(f"{name} must be {kind}, not {text!r}.") from None
-        if isinstance(default, tuple):
-            return tuple(part.strip().rstrip("/") for part in text.split(",") if part.strip())
-        return text
+        load_dotenv(HERE / ".env")  # into os.environ, where LiteLLM looks for keys; what is there wins
+        names = {cls.env_name(name): name for name in cls.model_fields}
+        given = {variable: text.strip() for variable, text in os.environ.items() if text.strip()}
+        if "BETTER_AUTH_SECRET" in given:
+            given.setdefault("CHATKIT_JWT_SECRET", given["BETTER_AUTH_SECRET"])
+        for variable in given:
+            if variable.startswith("CHATKIT_") and variable not in names:
+                log.warning("There is no setting %s%s", variable, _nearest(variable, names) or ".")
+        return cls(**{names[variable]: given[variable] for variable in names.keys() & given} | overrides)
 
 
-# =========================================================================================================== Store
-# All SQL, and nothing but SQL. Rows come out as plain dicts whose JSON columns are decoded.
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
-SCHEMA_VERSION = 2
 
-# What an older file needs beside schema.sql, by the version that it has.
-UPGRADES = {
-    1: """INSERT INTO message_search (rowid, owner, body)
-          SELECT m.id, hex(c.user_id), m.content FROM messages m JOIN conversations c ON c.id = m.conversation_id
-          WHERE m.role IN ('user', 'assistant') AND m.status <> 'streaming';
-          INSERT INTO title_search (rowid, owner, body) SELECT id, hex(user_id), title FROM conversations;"""
-}
+# =================================================================================================== Database
+# One SQLite file: opening it, one writer at a time, and what stands or falls together.
 
-SEARCH_DEPTH = 1000  # the newest hits that a search looks at: its time does not grow with the file
+SCHEMA_VERSION = 3
+OUR_TABLES = {"conversations", "messages", "message_search", "title_search", "tasks"}
+OUR_TABLES |= {"attachments", "message_attachments"}
 
 T = TypeVar("T")
-Row = dict[str, Any]
-Page = tuple[list[Row], bool]  # the rows, and whether there are more
 
 
 class StoreError(Exception):
     """The database cannot be opened or used; the text says why, and is safe to show."""
 
 
-class Store:
-    """Conversations, their items and the to-do list, in one SQLite file.
+class Database:
+    """One SQLite file, whose connection serves all coroutines, in autocommit.
 
-    `async with Store(path) as store:` opens and closes it. Ids are positive integers. Every method that touches a
-    user's rows takes that user's id and finds nothing of anybody else's. Failing SQL raises sqlite3.Error.
-
-    One connection serves all coroutines, in autocommit: were it not, a BEGIN in one and an INSERT in another would
-    become one transaction, and a rollback would take the stranger's row along. A write is one statement; the few
-    that are more go to `_transaction()`, which runs them in one go.
+    A write is one statement; the few that are more run under the lock that all writers take, or else a
+    stranger's INSERT would be rolled back with them.
     """
 
     def __init__(self, path: str | Path = "chatkit.db") -> None:
         self.path = str(path)
+        self.shared = False  # whether another server or Store had the file open when this one opened it
+        self.before_close: list[Callable[[], Awaitable[None]]] = []  # what still writes has its chance
+        self._file = self.path if self.path == ":memory:" else os.path.abspath(path)  # wherever we go
+        self._stat: os.stat_result | None = None  # of the open file: to notice when it is deleted under us
+        self._claim: sqlite3.Connection | None = None
         self._connection: aiosqlite.Connection | None = None
-        self._lock = asyncio.Lock()
-        self._file = os.path.abspath(path)  # whatever becomes of the working directory
-        self._gave_up = 0.0  # when a writer last waited for another program's lock in vain
-        self._inode: tuple[int, int] | None = None  # of the open file: to notice when it is deleted under us
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    async def open(self) -> None:
+        """Open the file, making or bringing forward its tables. Raises StoreError, as for a newer file."""
+        if sqlite3.sqlite_version_info < (3, 37):
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: STRICT tables need 3.37.")
+        if self.is_open:
+            raise StoreError("The store is open already.")
+        failure: Exception | None = None
+
+        def connect() -> sqlite3.Connection:
+            nonlocal failure
+            try:
+                return self._connect()
+            except Exception as error:
+                failure = error
+                return sqlite3.connect(":memory:")  # whose close() ends the thread in good order
+
+        connection = await aiosqlite.Connection(connect, iter_chunk_size=64)
+        if failure is not None:
+            await connection.close()
+            text = f"Cannot use {self.path} as the database: {failure}."
+            raise failure if isinstance(failure, StoreError) else StoreError(text) from failure
+        self._connection = connection
+        self._loop, self._lock = asyncio.get_running_loop(), asyncio.Lock()
+
+    def _connect(self) -> sqlite3.Connection:
+        """Runs in the connection's own thread."""
+        with contextlib.ExitStack() as undo:
+            if self._file != ":memory:":
+                undo.callback(self._drop_claim)
+                self._take_claim()
+            db = undo.enter_context(contextlib.closing(sqlite3.connect(self._file, isolation_level=None)))
+            db.row_factory = sqlite3.Row
+            patience = time.monotonic() + 10
+            while True:
+                try:
+                    self._prepare(db)
+                    break
+                except sqlite3.OperationalError as error:
+                    # Another process makes the same file at this moment, and here SQLite does not wait.
+                    if time.monotonic() > patience or not re.search("locked|vtable constructor", str(error)):
+                        raise
+                    time.sleep(0.1)
+            self._stat = None if self._file == ":memory:" else os.stat(self._file)
+            undo.pop_all()
+        return db
+
+    def _take_claim(self) -> None:
+        """Whoever locks an empty file beside the database is first; the lock ends with the process."""
+        claim = sqlite3.connect(f"{self._file}-server", timeout=0, check_same_thread=False)
+        try:
+            claim.execute("BEGIN EXCLUSIVE")
+            self._claim, self.shared = claim, False
+        except sqlite3.OperationalError as error:
+            claim.close()
+            self.shared = "locked" in str(error)
+
+    def _drop_claim(self) -> None:
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self._file}-server")
+            claim.close()
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        # In one statement: another process may make the same file, and commits tables and version together.
+        sql = "SELECT user_version, lower(name) FROM pragma_user_version LEFT JOIN sqlite_schema"
+        versions, names = zip(*db.execute(sql), strict=True)
+        version, ours = versions[0], OUR_TABLES.intersection(names)
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{self.path} was written by a newer version (its schema is {version}).")
+        if not {"conversations", "messages"} <= ours if version else ours:
+            told = f"a database of something else, with {', '.join(sorted(ours)) or 'versions'} of its own"
+            raise StoreError(f"{self.path} is {told}; name another file.")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        if version < SCHEMA_VERSION:
+            bring_forward(db, version)
+        db.execute("PRAGMA foreign_keys = ON")
+        if not self.shared:  # what was being written when the process died stays as it is, and says so
+            ended = "UPDATE messages SET status = replace(status, 'streaming', 'interrupted')"
+            db.execute(f"{ended} WHERE status IN ('streaming', 'pending')")
+
+    async def close(self) -> None:
+        """Have everybody who writes here end, and close the file."""
+        callbacks, self.before_close = self.before_close, []
+        for end in callbacks:
+            await end()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+        self._drop_claim()
+
+    async def execute(self, sql: str, *values: object) -> list[Row]:
+        """Run one statement of your own, on tables of your own; its rows come back as dicts.
+
+            await store.execute("CREATE TABLE IF NOT EXISTS recipes (id INTEGER PRIMARY KEY, name TEXT)")
+            await store.execute("INSERT INTO recipes (name) VALUES (?)", "Borscht")
+
+        Raises sqlite3.Error; and StoreError for BEGIN, as everybody shares this connection.
+        """
+        async with self._writing() as connection:
+            rows = await connection.execute_fetchall(sql, values)
+            if connection.in_transaction:
+                await connection.execute_fetchall("ROLLBACK")
+                raise StoreError("store.execute() runs one statement at a time, outside of transactions.")
+            return [dict(row) for row in rows]
+
+    async def check(self) -> None:
+        """One query, for the health route. Raises sqlite3.Error or StoreError."""
+        self._check_file()
+        await self._read("SELECT 1 FROM conversations LIMIT 1")
+
+    def _check_file(self) -> None:
+        """What is written to a deleted file would be lost at the end: better to refuse."""
+        try:
+            if self._stat is None or os.path.samestat(self._stat, os.stat(self._file)):
+                return
+            fate = "was replaced"
+        except OSError:
+            fate = "is gone"
+        raise StoreError(f"The database file {fate}. Stop the server and start it again.")
+
+    @property
+    def _open_connection(self) -> aiosqlite.Connection:
+        if self._connection is None:
+            raise StoreError("The database is not open: use it inside `async with Store(...) as store:`.")
+        if self._loop is not asyncio.get_running_loop():
+            raise StoreError("The store was opened in another event loop: open one of its own here.")
+        return self._connection
+
+    async def _read(self, sql: str, *values: object, **named: object) -> list[Row]:
+        """Lists and dicts go in as JSON, JSON columns come out decoded; a name that is not given is NULL."""
+        bound: Any = [_stored(value) for value in values]
+        if named:
+            bound = collections.defaultdict(lambda: None)
+            bound |= {name: _stored(value) for name, value in named.items()}
+        return [_decoded(row) for row in await self._open_connection.execute_fetchall(sql, bound)]
+
+    async def _write(self, sql: str, *values: object, **named: object) -> list[Row]:
+        async with self._writing():
+            return await self._read(sql, *values, **named)
+
+    @contextlib.asynccontextmanager
+    async def _writing(self) -> AsyncIterator[aiosqlite.Connection]:
+        connection = self._open_connection
+        async with self._lock:
+            self._check_file()
+            yield connection
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """Statements that stand or fall together."""
+        async with self._writing() as connection:
+            try:
+                await connection.execute_fetchall("BEGIN IMMEDIATE")
+                yield
+                await connection.execute_fetchall("COMMIT")
+            except BaseException:
+                # Also where BEGIN or COMMIT was cancelled: the connection's thread keeps to the order.
+                with contextlib.suppress(sqlite3.OperationalError, ValueError):
+                    await connection.execute_fetchall("ROLLBACK")
+                raise
+
+
+DECODE = dict.fromkeys(("tool_calls", "item", "input", "error", "metadata"), json.loads) | {"done": bool}
+
+
+def _decoded(row: sqlite3.Row) -> Row:
+    return {k: DECODE[k](v) if k in DECODE and v is not None else v for k, v in dict(row).items()}
+
+
+def _stored(value: object) -> object:
+    return to_json(value) if isinstance(value, (list, dict)) else value
+
+
+def _first(rows: list[Row]) -> Row | None:
+    return rows[0] if rows else None
+
+
+# ====================================================================================================== Store
+# All SQL, and nothing but SQL. Rows come out as plain dicts whose JSON columns are decoded.
+
+SEARCH_DEPTH = 1000  # the newest hits that a search looks at: its time does not grow with the file
+LAST = 2**63 - 1  # no id is larger
+ITEMS = "SELECT * FROM messages WHERE conversation_id = ? AND user_id = ?"
+
+
+class Store(Database):
+    """Conversations, their items and the to-do list, in one SQLite file.
+
+    `async with Store(path) as store:` opens and closes it. Ids are positive integers. A method that touches a
+    user's rows takes that user's id and finds nothing of anybody else's. Failing SQL raises sqlite3.Error.
+    """
 
     async def __aenter__(self) -> Store:
         await self.open()
@@ -296,144 +476,6 @@ class Store:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    async def open(self) -> None:
-        """Open the file, making or bringing forward its tables. Raises StoreError. A newer file is left untouched."""
-        if sqlite3.sqlite_version_info < (3, 37):
-            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: STRICT tables need 3.37.")
-        connection = None
-        try:
-            sqlite3.connect(self.path).close()  # a file that cannot be opened fails here, before there is a thread
-            connection = await aiosqlite.connect(self.path, isolation_level=None)
-            connection.row_factory = sqlite3.Row
-            self._connection = connection
-            for attempt in range(50):
-                try:
-                    await self._prepare()
-                    break
-                except sqlite3.OperationalError as error:
-                    # Another process makes the same file at this moment: its search tables cannot be read half-way.
-                    if attempt == 49 or "vtable constructor" not in str(error):
-                        raise
-                    if connection.in_transaction:
-                        await self._read("ROLLBACK")
-                    await asyncio.sleep(0.1)
-        except (sqlite3.Error, OSError, StoreError) as error:
-            self._connection = None
-            if connection is not None:
-                await connection.close()
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"Cannot use {self.path} as the database: {error}.") from error
-        if self.path != ":memory:":
-            status = os.stat(self._file)
-            self._inode = (status.st_dev, status.st_ino)
-
-    async def _prepare(self) -> None:
-        await self._read("PRAGMA busy_timeout = 5000")
-        # In this order: another process that makes the same file at this moment commits tables and version together.
-        tables = {row[0] for row in await self._read("SELECT name FROM sqlite_schema")}
-        version = (await self._read("PRAGMA user_version"))[0][0]
-        if version > SCHEMA_VERSION:
-            raise StoreError(f"{self.path} was written by a newer version (schema {version}, not {SCHEMA_VERSION}).")
-        if tables and not (version and {"conversations", "messages"} <= tables):
-            raise StoreError(f"{self.path} is a database of something else; name another file.")
-        for attempt in range(50):  # SQLite itself does not wait here, while another process does the same
-            try:
-                await self._read("PRAGMA journal_mode = WAL")
-                break
-            except sqlite3.OperationalError as error:
-                if attempt == 49 or "locked" not in str(error):
-                    raise
-                await asyncio.sleep(0.1)
-        await self._read("PRAGMA synchronous = NORMAL")
-        await self._read("PRAGMA foreign_keys = ON")
-        if version < SCHEMA_VERSION:
-            schema = (HERE / "schema.sql").read_text(encoding="utf-8")
-            assert self._connection is not None
-            upgrades = " ".join(UPGRADES[step] for step in range(max(version, 1), SCHEMA_VERSION) if version)
-            await self._connection.executescript(
-                f"BEGIN IMMEDIATE; {schema}; {upgrades} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
-            )
-        # What was being written when the process died stays as it is, and says so.
-        await self._write(
-            """UPDATE messages SET status = 'interrupted'
-               WHERE status IN ('streaming', 'pending') AND status = 'streaming'"""
-        )
-
-    async def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
-
-    async def _read(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        if self._connection is None:
-            raise StoreError("The database is closed.")
-        return list(await self._connection.execute_fetchall(sql, values))
-
-    async def _write(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        async with self._writing():
-            return await self._read(sql, *values)
-
-    async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Statements that stand or fall together: `work` runs in the connection's thread, which does nothing between.
-
-        It is one hop to that thread; one for each statement would each wait for the interpreter under load. No cursor
-        may leave the thread: its end elsewhere would disturb SQLite. aiosqlite has no public way to do this.
-        """
-        connection = self._connection
-        if connection is None:
-            raise StoreError("The database is closed.")
-
-        def run() -> T:
-            db = connection._conn
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                result = work(db)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite has rolled back already, on a full disk
-                    db.execute("ROLLBACK")
-                raise
-            return result
-
-        async with self._writing():
-            return cast(T, await connection._execute(run))  # type: ignore[no-untyped-call]  # see above
-
-    @contextlib.asynccontextmanager
-    async def _writing(self) -> AsyncIterator[None]:
-        """One writer at a time.
-
-        SQLite waits five seconds for another program's lock. Whoever stood in line behind a writer that waited in vain
-        is told the same at once: else the tenth in the line would wait fifty.
-        """
-        came = time.monotonic()
-        async with self._lock:
-            self._check_file()
-            if self._gave_up > came:
-                raise sqlite3.OperationalError("database is locked")
-            try:
-                yield
-            except sqlite3.OperationalError as error:
-                if "locked" in str(error):
-                    self._gave_up = time.monotonic()
-                raise
-
-    def _check_file(self) -> None:
-        """A deleted file can still be written to, and all of that would be lost at the end: better to refuse."""
-        if self._inode is None:
-            return
-        try:
-            status = os.stat(self._file)
-        except OSError:
-            raise StoreError("The database file is gone. Stop the server and start it again.") from None
-        if (status.st_dev, status.st_ino) != self._inode:
-            raise StoreError("The database file was replaced. Stop the server and start it again.")
-
-    async def check(self) -> None:
-        """One query, for the health route. Raises sqlite3.Error or StoreError."""
-        self._check_file()
-        await self._read("SELECT 1 FROM conversations LIMIT 1")
 
     # ---- conversations
 
@@ -443,56 +485,47 @@ class Store:
 
     async def conversations(self, user_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
         """The most recently used first."""
-        sql = "SELECT * FROM conversations WHERE user_id = ? ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?"
-        return [dict(row) for row in await self._read(sql, user_id, limit, offset)]
+        sql = """SELECT * FROM conversations WHERE user_id = ?
+            ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?"""
+        return await self._read(sql, user_id, limit, offset)
 
-    async def search_conversations(self, user_id: str, words: str, limit: int = 50, offset: int = 0) -> list[Row]:
-        """Those whose title, or one of whose messages, has all these words, or words that begin so.
-
-        A word that more than SEARCH_DEPTH messages of the file have must be whole.
-        """
-        terms = []
-        for word in words.replace("\0", " ").split():
-            term = '"' + word.replace('"', '""') + '"'
-            # A word that is everywhere is found at once as a whole, but slowly as the beginning of others.
-            sql = "SELECT rowid FROM message_search WHERE message_search MATCH ? ORDER BY rowid DESC LIMIT 1 OFFSET ?"
-            terms.append(term if await self._read(sql, f"body : {term}", SEARCH_DEPTH) else term + "*")
+    async def search_conversations(
+        self, user_id: str, words: str, limit: int = 50, offset: int = 0
+    ) -> list[Row]:
+        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
+        terms = ['"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split()]
         if not terms:
             return []
         match = f'owner : "{user_id.encode().hex().upper()}" AND body : ({" AND ".join(terms)})'
-        sql = """
-            WITH hits AS (
-                SELECT m.conversation_id AS id FROM (
-                    SELECT rowid FROM message_search WHERE message_search MATCH ? ORDER BY rowid DESC LIMIT ?
+        sql = """WITH hits (id) AS (
+                SELECT m.conversation_id FROM (
+                    SELECT rowid FROM message_search(?1) ORDER BY rowid DESC LIMIT ?2
                 ) hit CROSS JOIN messages m ON m.id = hit.rowid
-                UNION
-                SELECT rowid FROM (
-                    SELECT rowid FROM title_search WHERE title_search MATCH ? ORDER BY rowid DESC LIMIT ?
-                )
+                UNION SELECT rowid FROM (SELECT rowid FROM title_search(?1) ORDER BY rowid DESC LIMIT ?2)
             )
-            SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?
-            ORDER BY c.updated_at DESC, c.id DESC LIMIT ? OFFSET ?"""
-        values = (match, SEARCH_DEPTH, match, SEARCH_DEPTH, user_id, limit, offset)
-        return [dict(row) for row in await self._read(sql, *values)]
+            SELECT c.* FROM hits CROSS JOIN conversations c ON c.id = hits.id WHERE c.user_id = ?3
+            ORDER BY c.updated_at DESC, c.id DESC LIMIT ?4 OFFSET ?5"""
+        return await self._read(sql, match, SEARCH_DEPTH, user_id, limit, offset)
 
-    async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> Page:
+    async def conversation_page(self, user_id: str, limit: int, order: str, after: int | None) -> list[Row]:
         """A page in the order in which conversations were begun, which new messages do not change."""
-        sql = "SELECT * FROM conversations WHERE user_id = ? AND id > ? ORDER BY id LIMIT ?"
-        if order == "desc":
-            sql = "SELECT * FROM conversations WHERE user_id = ? AND id < ? ORDER BY id DESC LIMIT ?"
-        rows = [dict(row) for row in await self._read(sql, user_id, _edge(order, after), limit + 1)]
-        return rows[:limit], len(rows) > limit
+        sql = "SELECT * FROM conversations WHERE user_id = ?"
+        return await self._page(sql, order, after, limit, user_id)
 
-    async def rename_conversation(self, user_id: str, conversation_id: int, title: str) -> Row | None:
-        sql = "UPDATE conversations SET title = ? WHERE id = ? AND user_id = ? RETURNING *"
-        return _first(await self._write(sql, title, conversation_id, user_id))
+    async def _page(self, sql: str, order: str, after: int | None, limit: int, *values: object) -> list[Row]:
+        """By id; `order` is "asc" or "desc", `after` what the page before ended with."""
+        if order == "asc":
+            return await self._read(f"{sql} AND id > ? ORDER BY id LIMIT ?", *values, after or 0, limit)
+        return await self._read(f"{sql} AND id < ? ORDER BY id DESC LIMIT ?", *values, after or LAST, limit)
 
-    async def set_conversation_status(
-        self, user_id: str, conversation_id: int, status: str, reason: str | None = None
-    ) -> Row | None:
-        """`status` is active, locked or closed; the last two refuse new messages."""
-        sql = "UPDATE conversations SET status = ?, status_reason = ? WHERE id = ? AND user_id = ? RETURNING *"
-        return _first(await self._write(sql, status, reason, conversation_id, user_id))
+    async def update_conversation(self, user_id: str, conversation_id: int, **changes: Any) -> Row | None:
+        """Changes title, status with its status_reason, metadata, agent. A reason, an agent may be None."""
+        sql = """UPDATE conversations SET title = COALESCE(:title, title), status = COALESCE(:status, status),
+                status_reason = iif(:status IS NULL, status_reason, :status_reason),
+                metadata = COALESCE(:metadata, metadata), agent = iif(:sets_agent, :agent, agent)
+            WHERE id = :id AND user_id = :user_id RETURNING *"""
+        changes |= {"id": conversation_id, "user_id": user_id, "sets_agent": "agent" in changes}
+        return _first(await self._write(sql, **changes))
 
     async def delete_conversation(self, user_id: str, conversation_id: int) -> bool:
         sql = "DELETE FROM conversations WHERE id = ? AND user_id = ? RETURNING id"
@@ -501,334 +534,359 @@ class Store:
     # ---- messages: the items of a conversation
 
     async def add_user_message(
-        self,
-        user_id: str,
-        conversation_id: int | None,
-        title: str,
-        content: str,
-        extra: Row | None = None,
-        attachment_ids: list[str] | None = None,
+        self, user_id: str, conversation_id: int | None, title: str, message: Row, attachment_ids: list[str]
     ) -> tuple[Row, Row]:
-        """A conversation and the user's message in it, a new one with `title` where none is named: both, or neither.
+        """A conversation, a new one where none is named, and the user's message in it: both, or neither.
 
-        The attachments become the message's; what a message needs to know of them is in its extra. Raises LookupError
-        where the user has no such conversation, or no such uploaded file that is not yet sent.
+        `message` has the columns of its row, and gets the attachments. Raises LookupError where the user has
+        no such conversation, or no such uploaded file.
         """
-        wanted = json.dumps(attachment_ids)
-
-        def work(db: sqlite3.Connection) -> tuple[Row, Row]:
+        async with self._transaction():
             if conversation_id is None:
                 sql = "INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *"
-                conversation = _first(db.execute(sql, (user_id, title)).fetchall())
+                conversation = _first(await self._read(sql, user_id, title))
             else:
-                sql = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
-                conversation = _first(db.execute(sql, (conversation_id, user_id)).fetchall())
+                conversation = await self.conversation(user_id, conversation_id)
             if conversation is None:
                 raise LookupError("Conversation not found")
-            columns = extra
+            item = message["item"]
             if attachment_ids:
-                sql = """
-                    SELECT a.id, a.key, a.name, a.mime_type, a.size
-                    FROM json_each(?) w JOIN attachments a ON a.id = w.value
-                    WHERE a.user_id = ? AND a.message_id IS NULL AND a.data IS NOT NULL"""
-                files = [dict(file) for file in db.execute(sql, (wanted, user_id))]
-                if len(files) < len(attachment_ids):
+                sql = """SELECT a.id, a.key, a.name, a.mime_type, a.size
+                    FROM json_each(?) wanted JOIN attachments a ON a.id = wanted.value
+                    WHERE a.user_id = ? AND a.data IS NOT NULL"""
+                item = {**item, "attachments": await self._read(sql, attachment_ids, user_id)}
+                if len(item["attachments"]) < len(attachment_ids):
                     raise LookupError("Attachment not found")
-                columns = {**(extra or {}), "attachments": files}
-            sql = "INSERT INTO messages (conversation_id, role, content, extra) VALUES (?, 'user', ?, ?) RETURNING *"
-            message = _message(db.execute(sql, (conversation["id"], content, _json(columns))).fetchall()[0])
+            sql = """INSERT INTO messages (conversation_id, user_id, role, content, item)
+                VALUES (?, ?, 'user', ?, ?) RETURNING *"""
+            [row] = await self._read(sql, conversation["id"], user_id, message["content"], item)
             if attachment_ids:
-                sql = """
-                    UPDATE attachments SET message_id = ?
-                    WHERE user_id = ? AND id IN (SELECT value FROM json_each(?))"""
-                db.execute(sql, (message["id"], user_id, wanted))
-            return conversation, message
+                sql = "INSERT INTO message_attachments SELECT ?, value FROM json_each(?)"
+                await self._read(sql, row["id"], attachment_ids)
+        return conversation, row
 
-        return await self._transaction(work)
-
-    async def add_message(
-        self,
-        user_id: str,
-        conversation_id: int,
-        role: str,
-        content: str = "",
-        *,
-        tool_calls: list[Row] | None = None,
-        status: str = "done",
-        extra: Row | None = None,
-    ) -> Row | None:
-        """The new row, or None where the user has no such conversation."""
+    async def add_message(self, user_id: str, conversation_id: int, role: str, **columns: Any) -> Row | None:
+        """The new row, or None where the user has no such conversation. `columns` are those of `messages`."""
         sql = """
-            INSERT INTO messages (conversation_id, role, content, tool_calls, status, extra)
-            SELECT id, ?, ?, ?, ?, ? FROM conversations WHERE id = ? AND user_id = ? RETURNING *"""
-        values = (role, content, _json(tool_calls), status, _json(extra), conversation_id, user_id)
-        return _first(await self._write(sql, *values), _message)
+            INSERT INTO messages (conversation_id, user_id, role, content, tool_calls, item, input, status)
+            SELECT id, user_id, :role, COALESCE(:content, ''), :tool_calls, :item, :input,
+                COALESCE(:status, 'done')
+            FROM conversations WHERE id = :id AND user_id = :user_id RETURNING *"""
+        return _first(await self._write(sql, id=conversation_id, user_id=user_id, role=role, **columns))
 
-    async def update_message(
-        self,
-        user_id: str,
-        message_id: int,
-        *,
-        content: str | None = None,
-        status: str | None = None,
-        role: str | None = None,
-        extra: Row | None = None,
-    ) -> Row | None:
+    async def update_message(self, user_id: str, message_id: int, **columns: Any) -> Row | None:
         """Changes what is given and leaves the rest; the row as it is then, or None where there is none."""
-        sql = """
-            UPDATE messages SET content = COALESCE(?, content), status = COALESCE(?, status),
-                role = COALESCE(?, role), extra = COALESCE(?, extra)
-            WHERE id = ? AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = conversation_id AND c.user_id = ?)
-            RETURNING *"""
-        return _first(await self._write(sql, content, status, role, _json(extra), message_id, user_id), _message)
+        sql = """UPDATE messages SET role = COALESCE(:role, role), status = COALESCE(:status, status),
+                content = COALESCE(:content, content), item = COALESCE(:item, item),
+                input = COALESCE(:input, input)
+            WHERE id = :id AND user_id = :user_id RETURNING *"""
+        return _first(await self._write(sql, id=message_id, user_id=user_id, **columns))
 
     async def save_texts(self, texts: list[tuple[str, int, str]]) -> None:
-        """The content of messages that grow, of many turns at once; each with the message's id and the user's."""
-        sql = """
-            UPDATE messages SET content = ?
-            WHERE id = ? AND status = 'streaming'
-                AND EXISTS (SELECT 1 FROM conversations c WHERE c.id = conversation_id AND c.user_id = ?)"""
+        """The content of messages that grow, of many turns at once; each with message id and user id."""
+        sql = """UPDATE messages SET content = json_extract(text.value, '$[0]') FROM json_each(?) text
+            WHERE messages.id = json_extract(text.value, '$[1]')
+                AND messages.user_id = json_extract(text.value, '$[2]') AND messages.status = 'streaming'"""
+        await self._write(sql, texts)
 
-        def work(db: sqlite3.Connection) -> None:  # no cursor leaves the thread: its end elsewhere would disturb SQLite
-            db.executemany(sql, texts)
-
-        await self._transaction(work)
+    async def end_messages(self, user_id: str, ids: list[int], status: str, error: Row | None) -> list[Row]:
+        """How a turn's unfinished rows end, and why, on the last row of all. Returns the rows."""
+        sql = """UPDATE messages SET
+                status = CASE WHEN status = 'streaming' OR ?1 = 'blocked' THEN ?1 ELSE status END,
+                error = CASE WHEN id = (SELECT max(value) FROM json_each(?2)) THEN ?3 END
+            WHERE id IN (SELECT value FROM json_each(?2)) AND user_id = ?4 RETURNING *"""
+        rows = await self._write(sql, status, ids, error, user_id)
+        return sorted(rows, key=lambda row: int(row["id"]))
 
     async def message(self, user_id: str, conversation_id: int, message_id: int) -> Row | None:
         """One item, hidden context excepted."""
-        sql = "SELECT * FROM items WHERE id = ? AND conversation_id = ? AND user_id = ? AND role <> 'system'"
-        return _first(await self._read(sql, message_id, conversation_id, user_id), _message)
+        sql = f"{ITEMS} AND id = ? AND role <> 'system'"
+        return _first(await self._read(sql, conversation_id, user_id, message_id))
 
-    async def messages(self, user_id: str, conversation_id: int) -> list[Row]:
-        """All items, oldest first, hidden context excepted."""
-        sql = "SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'system' ORDER BY id"
-        return [_message(row) for row in await self._read(sql, conversation_id, user_id)]
-
-    async def message_page(self, user_id: str, conversation_id: int, limit: int, order: str, after: int | None) -> Page:
-        """A page of items, hidden context excepted. Rows that are added while one pages do not disturb it."""
-        sql = """
-            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'system' AND id > ?
-            ORDER BY id LIMIT ?"""
-        if order == "desc":
-            sql = """
-            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'system' AND id < ?
-            ORDER BY id DESC LIMIT ?"""
-        found = await self._read(sql, conversation_id, user_id, _edge(order, after), limit + 1)
-        return [_message(row) for row in found[:limit]], len(found) > limit
+    async def message_page(
+        self,
+        user_id: str,
+        conversation_id: int,
+        limit: int = LAST,
+        order: str = "asc",
+        after: int | None = None,
+        hide: str = "system",
+    ) -> list[Row]:
+        """A page of items, hidden context and one role excepted. New rows do not disturb the paging."""
+        sql = f"{ITEMS} AND role NOT IN ('system', ?)"
+        return await self._page(sql, order, after, limit, conversation_id, user_id, hide)
 
     async def history(self, user_id: str, conversation_id: int, limit: int) -> list[Row]:
-        """The last `limit` items that the model is to see, oldest first: all but its own reasoning."""
-        sql = """
-            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role <> 'reasoning'
-            ORDER BY id DESC LIMIT ?"""
-        return [_message(row) for row in reversed(await self._read(sql, conversation_id, user_id, limit))]
+        """The last `limit` items that the model may see, oldest first."""
+        sql = f"{ITEMS} AND status <> 'blocked' ORDER BY id DESC LIMIT ?"
+        return (await self._read(sql, conversation_id, user_id, limit))[::-1]
 
     async def last_user_message(self, user_id: str, conversation_id: int) -> Row | None:
-        sql = """
-            SELECT * FROM items WHERE conversation_id = ? AND user_id = ? AND role = 'user'
-            ORDER BY id DESC LIMIT 1"""
-        return _first(await self._read(sql, conversation_id, user_id), _message)
+        sql = f"{ITEMS} AND role = 'user' ORDER BY id DESC LIMIT 1"
+        return _first(await self._read(sql, conversation_id, user_id))
 
     async def pending_messages(self, user_id: str, conversation_id: int) -> list[Row]:
-        """The client tool calls and questions that wait for the person's side, oldest first."""
-        sql = """
-            SELECT * FROM messages
-            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND status = 'pending'
-                AND status IN ('streaming', 'pending')
-            ORDER BY id"""
-        return [_message(row) for row in await self._read(sql, conversation_id, user_id)]
+        """What waits for the person's side, oldest first."""
+        sql = f"{ITEMS} AND status IN ('streaming', 'pending') ORDER BY id"
+        rows = await self._read(sql, conversation_id, user_id)
+        return [row for row in rows if row["status"] == "pending"]
 
     async def end_unfinished(self, user_id: str, conversation_id: int) -> list[Row]:
-        """What waits for the person's side gets cancelled; what could not be saved to its end, interrupted."""
+        """What waits for the person's side is cancelled; what was not saved to its end, interrupted."""
         sql = """
             UPDATE messages SET status = CASE status WHEN 'pending' THEN 'cancelled' ELSE 'interrupted' END
-            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?)
-                AND status IN ('streaming', 'pending')
-            RETURNING *"""
-        return [_message(row) for row in await self._write(sql, conversation_id, user_id)]
+            WHERE conversation_id = ? AND user_id = ? AND status IN ('streaming', 'pending') RETURNING *"""
+        return await self._write(sql, conversation_id, user_id)
 
-    async def end_streaming(self, user_id: str, conversation_id: int, status: str) -> list[Row]:
-        """What is still being written gets another status; the rows that did."""
-        sql = """
-            UPDATE messages SET status = ?
-            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?)
-                AND status = 'streaming' AND status IN ('streaming', 'pending')
-            RETURNING *"""
-        return [_message(row) for row in await self._write(sql, status, conversation_id, user_id)]
+    async def rewind(self, user_id: str, conversation_id: int, message_id: int, words: Row) -> Row | None:
+        """Remove all that came after a user's message, which becomes as if it had just been sent.
 
-    async def delete_messages_after(self, user_id: str, conversation_id: int, message_id: int) -> None:
-        sql = """
-            DELETE FROM messages
-            WHERE conversation_id = (SELECT id FROM conversations WHERE id = ? AND user_id = ?) AND id > ?"""
-        await self._write(sql, conversation_id, user_id, message_id)
+        `words` are its new content and item, if it has any.
+        """
+        async with self._transaction():
+            sql = "DELETE FROM messages WHERE conversation_id = ? AND user_id = ? AND id > ?"
+            await self._read(sql, conversation_id, user_id, message_id)
+            sql = """UPDATE messages SET status = 'done', error = NULL, content = COALESCE(:content, content),
+                    item = COALESCE(:item, item) WHERE id = :id AND user_id = :user_id RETURNING *"""
+            return _first(await self._read(sql, id=message_id, user_id=user_id, **words))
 
-    async def set_feedback(self, user_id: str, conversation_id: int, message_ids: list[int], kind: str) -> int:
-        """How many of these items there are; if any is missing, none is changed."""
-        sql = """
-            WITH wanted AS (SELECT DISTINCT value AS id FROM json_each(?)),
-                found AS (SELECT i.id FROM wanted JOIN items i ON i.id = wanted.id
-                          WHERE i.conversation_id = ? AND i.user_id = ? AND i.role <> 'system')
-            UPDATE messages SET feedback = ?
-            WHERE id IN (SELECT id FROM found) AND (SELECT COUNT(*) FROM found) = (SELECT COUNT(*) FROM wanted)
-            RETURNING id"""
-        return len(await self._write(sql, json.dumps(message_ids), conversation_id, user_id, kind))
+    async def delete_messages(self, user_id: str, conversation_id: int, ids: list[int]) -> list[int]:
+        """The ids of those that there were."""
+        sql = """DELETE FROM messages WHERE id IN (SELECT value FROM json_each(?))
+                AND conversation_id = ? AND user_id = ? RETURNING id"""
+        return [row["id"] for row in await self._write(sql, ids, conversation_id, user_id)]
 
-    # ---- attachments: files that a person sends
+    async def set_feedback(self, user_id: str, conversation_id: int, ids: list[int], kind: str) -> list[Row]:
+        """The items that there are of these, hidden context excepted."""
+        sql = """UPDATE messages SET feedback = ? WHERE id IN (SELECT value FROM json_each(?))
+                AND conversation_id = ? AND user_id = ? AND role <> 'system' RETURNING *"""
+        return await self._write(sql, kind, ids, conversation_id, user_id)
+
+    # ---- attachments: files that a person sends, and pictures that an agent makes
 
     async def add_attachment(
         self, user_id: str, name: str, mime_type: str, size: int, data: bytes | None = None
     ) -> Row:
-        """A file that is announced, or with `data` is there; what nobody sent within a day is removed on the way."""
-        sql = """
-            DELETE FROM attachments
-            WHERE message_id IS NULL AND created_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')"""
+        """A file that is announced, or with `data` is there. What nobody sent within a day is removed."""
+        sql = """DELETE FROM attachments
+            WHERE sent = 0 AND created_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-1 day')"""
         await self._write(sql)
-        sql = """
-            INSERT INTO attachments (id, key, user_id, name, mime_type, size, data) VALUES (?, ?, ?, ?, ?, ?, ?)
-            RETURNING id, key, name, mime_type, size"""
-        file_id, key = "att_" + secrets.token_hex(12), secrets.token_urlsafe(24)
-        return dict((await self._write(sql, file_id, key, user_id, name, mime_type, size, data))[0])
+        sql = """INSERT INTO attachments (id, key, user_id, name, mime_type, size, data)
+            VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id, key, name, mime_type, size"""
+        new_id, key = "att_" + secrets.token_hex(12), secrets.token_urlsafe(24)
+        return (await self._write(sql, new_id, key, user_id, name, mime_type, size, data))[0]
 
-    async def announced_attachment(self, attachment_id: str, key: str) -> Row | None:
-        """A file that waits for its upload, for whoever has its key."""
-        sql = "SELECT id, name, mime_type, size FROM attachments WHERE id = ? AND key = ? AND data IS NULL"
-        return _first(await self._read(sql, attachment_id, key))
+    async def add_picture(self, user_id: str, message_id: int, mime_type: str, data: bytes) -> Row:
+        """A picture that an item shows, and that lives as long as the item does."""
+        name = "image." + mime_type.split("/")[-1]
+        picture = await self.add_attachment(user_id, name, mime_type, len(data), data)
+        await self._write("INSERT INTO message_attachments VALUES (?, ?)", message_id, picture["id"])
+        return picture
 
     async def fill_attachment(self, attachment_id: str, key: str, data: bytes) -> Row | None:
         """The upload, which works once."""
-        sql = """
-            UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL
+        sql = """UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL
             RETURNING id, key, name, mime_type, size"""
         return _first(await self._write(sql, data, attachment_id, key))
 
-    async def attachment(self, attachment_id: str, *, user_id: str | None = None, key: str | None = None) -> Row | None:
-        """A file with its bytes, for its owner or for whoever has its key."""
-        sql = """
-            SELECT id, name, mime_type, size, data FROM attachments
-            WHERE id = ? AND (user_id = ? OR key = ?) AND data IS NOT NULL"""
+    async def attachment(
+        self, attachment_id: str, *, user_id: str | None = None, key: str | None = None
+    ) -> Row | None:
+        """A file for its owner, or for whoever has its key. Its `data` is None until its upload."""
+        sql = "SELECT * FROM attachments WHERE id = ? AND (user_id = ? OR key = ?)"
         return _first(await self._read(sql, attachment_id, user_id, key))
 
-    async def attachment_data(self, user_id: str, message_ids: list[int]) -> dict[str, bytes]:
-        """The bytes of all files of some messages, by the file's id."""
-        sql = """
-            SELECT a.id, a.data FROM json_each(?) w JOIN attachments a ON a.message_id = w.value
-            WHERE a.user_id = ?"""
-        return {row["id"]: row["data"] for row in await self._read(sql, json.dumps(message_ids), user_id)}
+    async def attachment_data(self, user_id: str, attachment_ids: list[str]) -> dict[str, bytes]:
+        """The bytes of some files, by the file's id."""
+        sql = """SELECT id, data FROM attachments
+            WHERE id IN (SELECT value FROM json_each(?)) AND user_id = ? AND data IS NOT NULL"""
+        return {row["id"]: row["data"] for row in await self._read(sql, attachment_ids, user_id)}
 
     async def delete_attachment(self, user_id: str, attachment_id: str) -> bool:
         """Only what was not sent: a message keeps its files."""
-        sql = "DELETE FROM attachments WHERE id = ? AND user_id = ? AND message_id IS NULL RETURNING id"
+        sql = "DELETE FROM attachments WHERE id = ? AND user_id = ? AND sent = 0 RETURNING id"
         return bool(await self._write(sql, attachment_id, user_id))
 
     # ---- tasks: the to-do list of the built-in assistant
 
     async def add_task(self, user_id: str, title: str) -> Row:
-        sql = "INSERT INTO tasks (user_id, title) VALUES (?, ?) RETURNING *"
-        return _task((await self._write(sql, user_id, title))[0])
+        sql = "INSERT INTO tasks (user_id, title) VALUES (?, ?) RETURNING id, title, done"
+        return (await self._write(sql, user_id, title))[0]
 
     async def tasks(self, user_id: str) -> list[Row]:
-        return [_task(row) for row in await self._read("SELECT * FROM tasks WHERE user_id = ? ORDER BY id", user_id)]
+        return await self._read("SELECT id, title, done FROM tasks WHERE user_id = ? ORDER BY id", user_id)
 
-    async def update_task(
-        self, user_id: str, task_id: int, *, title: str | None = None, done: bool | None = None
-    ) -> Row | None:
-        sql = """
-            UPDATE tasks SET title = COALESCE(?, title), done = COALESCE(?, done)
-            WHERE id = ? AND user_id = ? RETURNING *"""
-        return _first(await self._write(sql, title, done, task_id, user_id), _task)
+    async def update_task(self, user_id: str, task_id: int, **changes: Any) -> Row | None:
+        """Changes its title, or whether it is done."""
+        sql = """UPDATE tasks SET title = COALESCE(:title, title), done = COALESCE(:done, done)
+            WHERE id = :id AND user_id = :user_id RETURNING id, title, done"""
+        return _first(await self._write(sql, id=task_id, user_id=user_id, **changes))
 
     async def delete_task(self, user_id: str, task_id: int) -> Row | None:
-        sql = "DELETE FROM tasks WHERE id = ? AND user_id = ? RETURNING *"
-        return _first(await self._write(sql, task_id, user_id), _task)
+        sql = "DELETE FROM tasks WHERE id = ? AND user_id = ? RETURNING id, title, done"
+        return _first(await self._write(sql, task_id, user_id))
 
 
-def _first(rows: list[sqlite3.Row], convert: Callable[[sqlite3.Row], Row] = dict) -> Row | None:
-    return convert(rows[0]) if rows else None
+# ================================================================================================== Old files
+# Steps from older files: each makes room, waits while schema.sql makes the tables, and fills them.
 
 
-def _edge(order: str, after: int | None) -> int:
-    """Where a page begins: after a given id, or before all of them."""
-    if after is not None:
-        return after
-    return 2**63 - 1 if order == "desc" else 0
-
-
-def _json(value: object) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _unjson(text: str | None, where: int) -> Any:
-    """A JSON column's value; one that somebody broke by hand counts as empty, and the log says so."""
-    if text is None:
-        return None
+def bring_forward(db: sqlite3.Connection, version: int) -> None:
+    """Make the tables, or those of an older file new: all of it, or nothing. Raises StoreError."""
+    schema = HERE / "schema.sql"
+    if not schema.is_file():
+        raise StoreError(f"{schema} is missing: it belongs beside chatkit_server.py.")
+    db.execute("BEGIN IMMEDIATE")
     try:
-        return json.loads(text)
-    except ValueError:
-        log.warning("message %d holds JSON that cannot be read; it is left out", where)
-        return None
+        if db.execute("PRAGMA user_version").fetchone()[0] == version:  # nobody else did it meanwhile
+            with contextlib.ExitStack() as steps:
+                for newer, step in UPGRADES.items():
+                    if 0 < version < newer:
+                        steps.enter_context(step(db))
+                run_script(db, schema.read_text(encoding="utf-8"))
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
-def _message(row: sqlite3.Row) -> Row:
-    message = dict(row)
-    calls, extra = _unjson(row["tool_calls"], row["id"]), _unjson(row["extra"], row["id"])
-    well_formed = isinstance(calls, list) and calls and isinstance(calls[0], dict)
-    message["tool_calls"] = [{"id": "", "name": "", "args": {}, **calls[0]}] if well_formed else None
-    message["extra"] = extra if isinstance(extra, dict) else {}
-    return message
+def run_script(db: sqlite3.Connection, script: str) -> None:
+    """Its statements one by one, within the open transaction: executescript() would commit that first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
 
 
-def _task(row: sqlite3.Row) -> Row:
-    return {"id": row["id"], "title": row["title"], "done": bool(row["done"])}
+@contextlib.contextmanager
+def items_pass_through(db: sqlite3.Connection) -> Generator[None]:
+    """Before version 3, `extra` had what one kind of row has; now it has its item and the model's input."""
+    last_id = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0] or 0
+    run_script(
+        db,
+        """CREATE TEMP TABLE old_messages AS
+               SELECT m.*, c.user_id, c.updated_at
+               FROM messages m JOIN conversations c ON c.id = m.conversation_id;
+           DROP VIEW IF EXISTS items;
+           DROP TABLE messages;
+           DROP TABLE IF EXISTS message_search;
+           DROP TABLE IF EXISTS title_search;
+           DROP TRIGGER IF EXISTS title_lost;
+           DROP INDEX IF EXISTS conversations_by_age;
+           DROP INDEX IF EXISTS attachments_of_message;
+           DROP INDEX IF EXISTS attachments_unsent;
+           ALTER TABLE attachments ADD COLUMN sent INTEGER NOT NULL DEFAULT 0 CHECK (sent IN (0, 1));
+           ALTER TABLE conversations
+               ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(metadata));
+           ALTER TABLE conversations ADD COLUMN agent TEXT;
+        """,
+    )
+    yield
+    db.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", [last_id])  # no id comes back
+    inputs: dict[Any, list[Row]] = {}  # of each response: its first row has all calls, before the outputs
+    for _, extra, call, response in _old_rows(db):
+        if call:
+            told = {"call_id": call["id"], "name": call["name"], "arguments": to_json(call["args"])}
+            told |= _given(type="function_call", provider_data=extra.get("provider_data"))
+            inputs.setdefault(response, []).append(told)
+    for row, extra, call, response in _old_rows(db):
+        item = _old_item(row, extra, call)
+        row |= {"item": _stored(item), "input": None}
+        if call:
+            told = {"type": "function_call_output", "call_id": call["id"]}
+            output = [told | {"output": row["content"] or "(no output)"}] if row["status"] == "done" else []
+            row["input"] = to_json(inputs.pop(response, []) + output)
+        elif extra.get("hosted") or row["role"] == "reasoning":
+            row["input"] = "[]"
+        if item and row["role"] != "user":
+            row["role"] = "item"
+        db.execute(
+            """INSERT INTO messages (id, conversation_id, user_id, role, content, tool_calls, item, input,
+                                     status, feedback, created_at)
+               VALUES (:id, :conversation_id, :user_id, :role, :content, :tool_calls, :item, :input, :status,
+                       :feedback, :created_at)""",
+            row,
+        )
+    run_script(
+        db,
+        """UPDATE conversations SET updated_at = old.updated_at FROM old_messages old
+               WHERE old.conversation_id = conversations.id;
+           INSERT INTO title_search (rowid, owner, body) SELECT id, hex(user_id), title FROM conversations;
+           INSERT INTO message_attachments
+               SELECT message_id, id FROM attachments WHERE message_id IS NOT NULL;
+           ALTER TABLE attachments DROP COLUMN message_id;
+           DROP TABLE old_messages;
+        """,
+    )
 
 
-# =========================================================================================================== Agent
-# What a tool can do (TurnContext), the built-in to-do assistant, the demo model, and choosing a model.
-
-Event = dict[str, Any]
-
-# What only the turn itself may say: a tool that could send these could forge an answer or its end.
-RESERVED_EVENTS = {"thread", "text", "tool_call", "tool_result", "error", "done", "item", "client_tool", "input"}
-RESERVED_EVENTS |= {"progress", "effect", "notice", "widget"}  # these have methods, which know their fields
-MAX_DEPTH = 64  # of nested JSON, from whatever side: the stack has an end, and not the same one for all who encode it
+def _old_rows(db: sqlite3.Connection) -> Generator[tuple[Row, Row, Row | None, Any]]:
+    """Rows with their `extra`, the call that the model was shown, and the response it was in."""
+    for row in db.execute("SELECT * FROM old_messages ORDER BY id"):
+        extra = json.loads(row["extra"] or "{}")
+        calls = [] if extra.get("hosted") else json.loads(row["tool_calls"] or "[]")
+        yield dict(row), extra, calls[0] if calls else None, extra.get("group", row["id"])
 
 
-def json_copy(value: object) -> Any:
-    """A value as JSON can carry it, half characters replaced. Raises TypeError or ValueError for what is not JSON."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if not is_shallow(value):
-        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-    return json.loads(text if _is_unicode(text) else _mend(text)[0])
+def _old_item(row: Row, extra: Row, call: Row | None) -> Row | None:
+    """The thread item of an old row; None where role and content say it all."""
+    done = row["status"] == "done"
+    if row["role"] == "user" and extra:
+        options = _given(model=extra.get("model"), tool_choice=_given(id=extra.get("tool_choice")))
+        item = {name: extra.get(name) for name in ("attachments", "quoted_text", "unread")}
+        return _given(type="user_message", content=extra.get("parts"), inference_options=options, **item)
+    if row["role"] == "reasoning":
+        thought = {"type": "thought", "content": row["content"], "status_indicator": "complete"}
+        return {"type": "workflow", "workflow": {"type": "reasoning", "tasks": [thought], "expanded": False}}
+    if row["role"] == "widget":
+        return widget_item(extra.get("widget", {"type": "Card", "children": []}), row["content"])
+    if row["role"] == "input":
+        state = extra.get("answered", "answered") if done else "pending"
+        return {"type": "structured_input", "status": state, "inputs": extra.get("inputs", [])}
+    if "client" in extra and call:
+        output = {"output": extra["output"]} if extra.get("output") is not None else {}
+        item = {"type": "client_tool_call", "call_id": call["id"], **extra["client"], **output}
+        return {**item, "status": "completed" if done else "pending"}
+    return None
 
 
-def is_shallow(value: object) -> bool:
-    """Whether it is nested at most MAX_DEPTH levels deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        containers = (part for part in level if isinstance(part, (dict, list, tuple)))
-        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
-        if not level:
-            return True
-    return False
+def _given(**parts: Any) -> Row:
+    return {name: part for name, part in parts.items() if part}
 
 
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+UPGRADES = {3: items_pass_through}  # each with the version that it leads to
+
+# ====================================================================================================== Agent
+# What a tool, an action handler or a generator can do.
+
+MAX_DEPTH = 64  # of nested JSON, from whatever side: the stack has an end, and not the same for all encoders
 
 
-def _mend(text: str) -> tuple[str, str]:
-    """Text whose surrogates are paired or replaced, and a first half at its end that may still find its second.
+def json_copy(value: Any) -> Any:
+    """A value as JSON can carry it, objects of the ChatKit SDK included, half characters replaced.
 
-    Providers that escape JSON to ASCII may send the two halves of an emoji in two deltas; neither can be stored.
+    Raises TypeError or ValueError for what is not JSON.
     """
-    held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-    text = text[: len(text) - len(held)]
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), held
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_dumped)
+    copy = from_json(text.encode(errors="replace"))  # which itself refuses more than some 200 levels
+    if depth(copy) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return copy
+
+
+def _dumped(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def depth(value: object) -> int:
+    """How many lists and objects are in each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
 
 @dataclass(frozen=True)
@@ -846,9 +904,43 @@ class Questions:
     inputs: list[Row]
 
 
+class Option(BaseModel):
+    value: Annotated[str, BeforeValidator(str)]
+
+
+class MultipleChoice(BaseModel):
+    type: Literal["multiple_choice"]
+    id: str
+    question: str
+    options: list[Option]
+    multiple: bool = False
+
+
+class Freeform(BaseModel):
+    type: Literal["freeform"]
+    id: str
+    question: str
+    description: str | None = None
+
+
+QUESTIONS = TypeAdapter(
+    Annotated[list[Annotated[MultipleChoice | Freeform, Discriminator("type")]], Field(min_length=1)]
+)
+
+
+@dataclass
+class Thread:
+    """The conversation, as a tool may read and change it; a change is kept when the tool returns."""
+
+    id: str
+    title: str
+    metadata: Row
+    status: Any  # {"type": "active"}, or {"type": "locked" or "closed", "reason"?}; or the SDK's object
+
+
 @dataclass
 class TurnContext:
-    """What a tool or an action handler gets: who asks, where, and how to reach them while it works.
+    """What a tool gets: who asks, where, and how to reach them while it works.
 
     A tool receives it inside the Agents SDK's wrapper:
 
@@ -857,69 +949,88 @@ class TurnContext:
             await wrapper.context.progress("Looking you up")
             return wrapper.context.user_id
 
-    The user's id comes from the request alone. Never make it an argument of a tool: the model must not choose it.
+    The user's id comes from the request alone. Never make it an argument of a tool: the model must not
+    choose it.
+
+    `stream` and what follows it are as in the AgentContext of the official SDK, openai-chatkit: they take
+    its objects, or dicts of the same shape. All methods raise ValueError or TypeError for what cannot be
+    shown.
     """
 
     user_id: str
     conversation_id: int
+    thread: Thread
     store: Store
-    send: Callable[[Event], None] = field(repr=False)  # the turn's own; tools use emit() and the methods below
+    turn: Turn = field(repr=False)  # where all that is said here goes
     locale: str = "en"  # the first of the request's Accept-Language
-
-    def emit(self, event: Event) -> None:
-        """Send an event of one's own to the readers, such as {"type": "thinking", "content": "..."}. Not stored.
-
-        Raises ValueError for a type that only the turn or a method may use, and, like TypeError, for what is not JSON.
-        """
-        kind = event.get("type")
-        if not isinstance(kind, str) or kind in RESERVED_EVENTS:
-            raise ValueError(f"a tool cannot emit an event of type {kind!r}")
-        if kind == "thinking" and not isinstance(event.get("content"), str):
-            raise ValueError("the content of a thinking event is text")
-        self.send(json_copy(event))
+    request_context: Row = field(default_factory=dict)  # {"headers", "metadata"} of the request
+    tool_choice: str | None = None  # what the person chose in the composer: a tool, or a mode
+    client_tool_call: Any = None  # {"name", "arguments"}, set by a tool: as if it had returned client_tool()
+    _workflow: Row | None = field(default=None, repr=False)  # the one that is open, as a thread item
 
     async def progress(self, text: str, icon: str | None = None) -> None:
         """Say what the tool is doing. `icon` is one of ChatKit's names, such as "search". Not stored."""
-        self.send(json_copy({"type": "progress", "content": str(text), "icon": icon}))
+        await self.stream({"type": "progress_update", "text": str(text), **({"icon": icon} if icon else {})})
 
     async def effect(self, name: str, data: Row | None = None) -> None:
         """Have the frontend do something, once: ChatKit calls its onEffect with name and data. Not stored."""
-        self.send(json_copy({"type": "effect", "name": name, "data": data or {}}))
+        await self.stream({"type": "client_effect", "name": name, "data": data or {}})
 
     async def notice(self, level: str, message: str, title: str | None = None) -> None:
         """Show a notice beside the conversation; `level` is info, warning or danger. Not stored."""
-        if level not in ("info", "warning", "danger"):
-            raise ValueError(f"level must be info, warning or danger, not {level!r}")
-        self.send(json_copy({"type": "notice", "level": level, "message": str(message), "title": title}))
+        heading = {"title": title} if title else {}
+        await self.stream({"type": "notice", "level": level, "message": str(message), **heading})
+
+    async def say(self, text: str, annotations: Sequence[Any] = ()) -> int:
+        """An assistant message; its item id comes back.
+
+        An annotation is {"type": "annotation", "source": {"type": "url", "file" or "entity", "title",
+        ...}, "index"?}, the index being the character of the text that it stands behind.
+        """
+        return await say(self.turn, text, json_copy(list(annotations)))
+
+    async def hidden(self, text: str) -> None:
+        """Context that the model is told from now on, and that nobody is shown."""
+        await self.turn.add_row("system", content=text)
 
     async def widget(self, root: Any, copy_text: str | None = None) -> int:
         """Show a widget and keep it; its item id comes back.
 
-        `root` is a dict, or an object of the ChatKit SDK's widget classes, whose type is Card, ListView or Basic.
-        `copy_text` is the same in words: what is copied, and what the model and plain readers are given.
+        `root` is a dict, or an object of the ChatKit SDK's widget classes, whose type is Card, ListView or
+        Basic. `copy_text` is the same in words: what is copied, and what the model and plain readers are
+        given.
         """
-        row = await self.store.add_message(
-            self.user_id, self.conversation_id, "widget", copy_text or "", extra={"widget": _widget_root(root)}
-        )
-        if row is None:
-            raise LookupError("the conversation was deleted")
-        self._show_widget(row, "done")
-        return int(row["id"])
+        columns = {"content": copy_text or "", "item": widget_item(root, copy_text)}
+        self.turn.shown = True
+        return int((await self.turn.add_row("item", "thread.item.done", **columns))["id"])
 
-    async def replace_widget(self, item_id: int, root: Any, copy_text: str | None = None) -> None:
+    async def replace_widget(self, item_id: int | str, root: Any, copy_text: str | None = None) -> None:
         """Draw a widget of this conversation anew. Raises LookupError where there is none with that id."""
-        row = await self.store.message(self.user_id, self.conversation_id, int(item_id))
-        if row is None or row["role"] != "widget":
+        row = await self.turn.find_row(item_id)
+        if (row["item"] or {}).get("type") != "widget":
             raise LookupError(f"there is no widget {item_id} in this conversation")
-        row = await self.store.update_message(
-            self.user_id, row["id"], content=copy_text, extra={"widget": _widget_root(root)}
-        )
-        if row is not None:
-            self._show_widget(row, "replaced")
+        item = widget_item(root, row["content"] if copy_text is None else copy_text)
+        await self.turn.change_row(row["id"], "thread.item.replaced", content=copy_text, item=item)
 
-    def _show_widget(self, row: Row, change: str) -> None:
-        self.send({"type": "widget", "id": row["id"], "widget": row["extra"]["widget"], "copy_text": row["content"]})
-        self.send({"type": "item", "change": change, "row": row})
+    async def remove(self, item_id: int | str) -> None:
+        """Take an item of this conversation away. Raises LookupError where there is none with that id."""
+        await self.turn.remove_rows([(await self.turn.find_row(item_id))["id"]])
+
+    async def update_thread(
+        self, *, title: str | None = None, status: str | None = None, reason: str = "", metadata: Any = None
+    ) -> None:
+        """Rename the conversation; make it `active`, `locked` or `closed`; give it other metadata."""
+        if title is not None:
+            self.thread.title = title
+        if status is not None:
+            self.thread.status = {"type": status, **({"reason": reason} if reason else {})}
+        if metadata is not None:
+            self.thread.metadata = metadata
+        await self.turn.keep_thread()
+
+    async def answer(self) -> None:
+        """For an action handler: have the agent speak now. Raises Refused while it is speaking already."""
+        await self.turn.answer_now()
 
     def client_tool(self, name: str, arguments: Row | None = None) -> ClientTool:
         """`return ctx.client_tool("get_selection", {...})` from a tool has the frontend answer in its place.
@@ -929,116 +1040,185 @@ class TurnContext:
         return ClientTool(name, json_copy(arguments or {}))
 
     def ask(self, inputs: list[Row]) -> Questions:
-        """`return ctx.ask([...])` from a tool asks the person; the agent goes on when they answered or skipped.
+        """`return ctx.ask([...])` from a tool asks the person; the agent goes on with what they answer.
 
-        Each question is {"type": "multiple_choice", "id", "question", "options": [{"value"}], "multiple"} or
-        {"type": "freeform", "id", "question", "description"?}. Raises ValueError for any other.
+        Each question is {"type": "multiple_choice", "id", "question", "options": [{"value"}], "multiple"}
+        or {"type": "freeform", "id", "question", "description"?}. Raises ValueError for any other.
         """
-        questions = []
-        for given in inputs:
-            kind, question = given.get("type"), {key: given.get(key) for key in ("type", "id", "question")}
-            if kind == "multiple_choice":
-                question["options"] = [{"value": str(option["value"])} for option in given["options"]]
-                question["multiple"] = bool(given.get("multiple", False))
-            elif kind == "freeform" and given.get("description") is not None:
-                question["description"] = str(given["description"])
-            elif kind != "freeform":
-                raise ValueError(f"a question is of type multiple_choice or freeform, not {kind!r}")
-            if not isinstance(question["id"], str) or not isinstance(question["question"], str):
-                raise ValueError("a question has an id and a question, both text")
-            questions.append(question)
-        if not questions or len({question["id"] for question in questions}) < len(questions):
-            raise ValueError("ask at least one question, and give each an id of its own")
-        return Questions(json_copy(questions))
+        questions = QUESTIONS.dump_python(QUESTIONS.validate_python(json_copy(inputs)), exclude_none=True)
+        if len({question["id"] for question in questions}) < len(questions):
+            raise ValueError("give each question an id of its own")
+        return Questions(questions)
+
+    # ---- the names of the official SDK's AgentContext
+
+    async def stream(self, event: Any) -> None:
+        """Any event of the ChatKit protocol, or one of ours such as {"type": "thinking", "content": "..."}.
+
+        Its item is stored, and the id that the caller made up for it stands for the row's in all that
+        follows.
+        """
+        await take(self.turn, json_copy(event))
+
+    async def stream_widget(self, widget: Any, copy_text: str | None = None) -> None:
+        """Show a widget; or one that grows, where `widget` is an async generator of its states."""
+        item = {"id": self.generate_id("widget"), "type": "widget"}
+        last: Row | None = None
+        if hasattr(widget, "__aiter__"):
+            async for state in widget:
+                root = widget_item(state, copy_text)["widget"]
+                if last is None:
+                    await self.stream({"type": "thread.item.added", "item": {**item, "widget": root}})
+                else:
+                    for update in widget_updates(last, root):
+                        await self.stream(
+                            {"type": "thread.item.updated", "item_id": item["id"], "update": update}
+                        )
+                last = root
+            if last is None:
+                return
+        await self.stream(
+            {"type": "thread.item.done", "item": {**item, **widget_item(last or widget, copy_text)}}
+        )
+
+    def generate_id(self, kind: str = "item", thread: Any = None) -> str:
+        """An id to stream an item under; it may be forgotten once the item is done."""
+        return f"{kind}_{secrets.token_hex(8)}"
+
+    async def start_workflow(self, workflow: Any) -> None:
+        """Begin to show steps of work: {"type": "custom" or "reasoning", "tasks": [...], "summary"?,
+        "expanded"?}.
+
+        It appears with its first task; a reasoning one at once.
+        """
+        content = {"type": "custom", "tasks": [], "expanded": False, **json_copy(workflow)}
+        self._workflow = {"id": self.generate_id("workflow"), "type": "workflow", "workflow": content}
+        if content["tasks"] or content["type"] == "reasoning":
+            await self.stream({"type": "thread.item.added", "item": self._workflow})
+
+    async def add_workflow_task(self, task: Any) -> None:
+        """One more step, such as {"type": "custom", "title": "...", "status_indicator": "loading"}."""
+        if self._workflow is None:
+            await self.start_workflow({})
+        item = cast(Row, self._workflow)
+        tasks = item["workflow"]["tasks"]
+        tasks.append(json_copy(task))
+        if item["workflow"]["type"] != "reasoning" and len(tasks) == 1:
+            await self.stream({"type": "thread.item.added", "item": item})
+        else:
+            await self._update_workflow("added", item, len(tasks) - 1)
+
+    async def update_workflow_task(self, task: Any, task_index: int) -> None:
+        """A step that changed. Raises LookupError where there is no such step."""
+        item = self._workflow
+        if item is None or not 0 <= task_index < len(item["workflow"]["tasks"]):
+            raise LookupError(f"no workflow is open that has a task {task_index}")
+        item["workflow"]["tasks"][task_index] = json_copy(task)
+        await self._update_workflow("updated", item, task_index)
+
+    async def _update_workflow(self, change: str, item: Row, index: int) -> None:
+        update = {
+            "type": f"workflow.task.{change}",
+            "task_index": index,
+            "task": item["workflow"]["tasks"][index],
+        }
+        await self.stream({"type": "thread.item.updated", "item_id": item["id"], "update": update})
+
+    async def end_workflow(self, summary: Any = None, expanded: bool = False) -> None:
+        """Close the workflow, with {"title", "icon"?} or {"duration": seconds} for its summary line."""
+        item, self._workflow = self._workflow, None
+        if item is not None and (item["workflow"]["tasks"] or item["workflow"]["type"] == "reasoning"):
+            item["workflow"] |= {"expanded": expanded, **({"summary": json_copy(summary)} if summary else {})}
+            await self.stream({"type": "thread.item.done", "item": item})
 
 
-def _widget_root(root: Any) -> Row:
-    """A widget as JSON. The types are those of chatkit/widgets.py in openai-chatkit."""
-    if hasattr(root, "model_dump"):
-        root = root.model_dump(mode="json", exclude_none=True)
+def widget_item(root: Any, copy_text: str | None) -> Row:
+    """A widget's thread item. The types of roots are those of chatkit/widgets.py in openai-chatkit."""
+    root = json_copy(root)
     if not isinstance(root, dict) or root.get("type") not in ("Card", "ListView", "Basic"):
         raise ValueError("a widget's root is a Card, a ListView or a Basic")
-    return cast(Row, json_copy(root))
+    return {"type": "widget", "widget": root, **({"copy_text": copy_text} if copy_text else {})}
 
 
-# ---- the to-do assistant
+def widget_updates(before: Row, after: Row) -> list[Row]:
+    """From one state of a widget to the next: deltas where texts with an id only grew, or the new root."""
+    deltas: list[Row] = []
 
-INSTRUCTIONS = (
-    "You keep the person's to-do list with your tools. Use them for whatever concerns the list, and never claim a "
-    "change that no tool made. Tasks are known by number; look them up when the person names one by its title. "
-    "Answer briefly, in the person's language."
-)
+    def only_grew(old: Any, new: Any) -> bool:
+        if isinstance(old, list) and isinstance(new, list):
+            return len(old) == len(new) and all(map(only_grew, old, new))
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return bool(old == new)
+        growing = new.get("type") in ("Text", "Markdown") and "id" in new
+        before, now = str(old.get("value", "")), str(new.get("value", ""))
+        if (
+            growing
+            and (before, old.get("streaming")) != (now, new.get("streaming"))
+            and now.startswith(before)
+        ):
+            delta = {"component_id": new["id"], "delta": now[len(before) :], "done": not new.get("streaming")}
+            deltas.append({"type": "widget.streaming_text.value_delta", **delta})
+            old = {**old, "value": new.get("value"), "streaming": new.get("streaming")}
+            new = {"streaming": None, **new}
+        return old.keys() == new.keys() and all(only_grew(old[name], new[name]) for name in old)
+
+    return deltas if only_grew(before, after) else [{"type": "widget.root.updated", "widget": after}]
 
 
-def _task_result(task: Row | None, task_id: int) -> str:
-    return json.dumps(task or {"error": f"There is no task {task_id}."}, ensure_ascii=False)
+# ================================================================================================== Assistant
+# The to-do assistant that answers where no agent is given.
+
+Wrapper = RunContextWrapper[TurnContext]
+TaskId = Annotated[int, "The task's number."]
+TaskTitle = Annotated[str, "What is to be done, in a few words."]
+Shown = Annotated[bool, "Whether to show the list to the person as well; false when only you need it."]
 
 
 @function_tool
-async def add_task(wrapper: RunContextWrapper[TurnContext], title: str) -> str:
-    """Put a task on the person's to-do list.
-
-    Args:
-        title: What is to be done, in a few words.
-    """
-    if not title.strip():
-        return json.dumps({"error": "A task needs a title."})
-    context = wrapper.context
-    return json.dumps(await context.store.add_task(context.user_id, title.strip()[:200]), ensure_ascii=False)
+async def add_task(wrapper: Wrapper, title: TaskTitle) -> str:
+    """Put a task on the person's to-do list."""
+    return to_json(await _change_task(wrapper.context, None, title=title))
 
 
 @function_tool
-async def list_tasks(wrapper: RunContextWrapper[TurnContext], show: bool = True) -> str:
-    """Look up all tasks on the person's to-do list, with their numbers.
-
-    Args:
-        show: Whether to show the list to the person as well; false when only you need it.
-    """
-    context = wrapper.context
-    tasks = await context.store.tasks(context.user_id)
+async def list_tasks(wrapper: Wrapper, show: Shown = True) -> str:
+    """Look up all tasks on the person's to-do list, with their numbers."""
+    tasks = await wrapper.context.store.tasks(wrapper.context.user_id)
     if show and tasks:
-        await context.widget(task_widget(tasks), copy_text=task_text(tasks))
-    return json.dumps(tasks, ensure_ascii=False)
+        await wrapper.context.widget(task_widget(tasks), copy_text=task_text(tasks))
+    return to_json(tasks)
 
 
 @function_tool
-async def complete_task(wrapper: RunContextWrapper[TurnContext], task_id: int) -> str:
-    """Mark a task as done.
-
-    Args:
-        task_id: The task's number.
-    """
-    context = wrapper.context
-    return _task_result(await _change_task(context, task_id, done=True), task_id)
+async def complete_task(wrapper: Wrapper, task_id: TaskId) -> str:
+    """Mark a task as done."""
+    return to_json(await _change_task(wrapper.context, task_id, done=True))
 
 
 @function_tool
-async def update_task(wrapper: RunContextWrapper[TurnContext], task_id: int, title: str) -> str:
-    """Give a task another title.
-
-    Args:
-        task_id: The task's number.
-        title: The new title.
-    """
-    if not title.strip():
-        return json.dumps({"error": "A task needs a title."})
-    return _task_result(await _change_task(wrapper.context, task_id, title=title.strip()[:200]), task_id)
+async def update_task(wrapper: Wrapper, task_id: TaskId, title: TaskTitle) -> str:
+    """Give a task another title."""
+    return to_json(await _change_task(wrapper.context, task_id, title=title))
 
 
 @function_tool
-async def delete_task(wrapper: RunContextWrapper[TurnContext], task_id: int) -> str:
-    """Take a task off the list.
-
-    Args:
-        task_id: The task's number.
-    """
-    context = wrapper.context
-    task = await context.store.delete_task(context.user_id, task_id) if 0 < task_id < 2**63 else None
-    return _task_result(task, task_id)
+async def delete_task(wrapper: Wrapper, task_id: TaskId) -> str:
+    """Take a task off the list."""
+    return to_json(await _change_task(wrapper.context, task_id))
 
 
-async def _change_task(context: TurnContext, task_id: int, **change: Any) -> Row | None:
-    return await context.store.update_task(context.user_id, task_id, **change) if 0 < task_id < 2**63 else None
+async def _change_task(context: TurnContext, task_id: int | None, **change: Any) -> Row:
+    """Add a task where no number is given, delete one where there is no change; it, or {"error"}."""
+    store, user_id, task = context.store, context.user_id, None
+    if "title" in change:
+        change["title"] = change["title"].strip()[:200]
+        if not change["title"]:
+            return {"error": "A task needs a title."}
+    if task_id is None:
+        return await store.add_task(user_id, **change)
+    if 0 < task_id <= LAST:
+        task = await (store.update_task if change else store.delete_task)(user_id, task_id, **change)
+    return task or {"error": f"There is no task {task_id}."}
 
 
 def task_text(tasks: list[Row]) -> str:
@@ -1046,43 +1226,29 @@ def task_text(tasks: list[Row]) -> str:
 
 
 def task_widget(tasks: list[Row]) -> Row:
-    """A card with a checkbox for each task; ticking one sends the action `toggle_task` with the task's number.
-
-    What has a default in the SDK's classes is written out: a frontend gets the same from either.
-    """
-    return {
-        "type": "Card",
-        "children": [
-            {
-                "type": "Checkbox",
-                "key": str(task["id"]),
-                "name": f"task_{task['id']}",
-                "label": task["title"],
-                "defaultChecked": task["done"],
-                "onChangeAction": {
-                    "type": "toggle_task",
-                    "payload": {"id": task["id"], "done": not task["done"]},
-                    "handler": "server",
-                    "loadingBehavior": "auto",
-                    "streaming": True,
-                },
-            }
-            for task in tasks
-        ],
-    }
+    """A card with a checkbox for each task; ticking one sends the action `toggle_task` with its number."""
+    # What has a default in the SDK's classes is written out: a frontend gets the same from either.
+    how = {"type": "toggle_task", "handler": "server", "loadingBehavior": "auto", "streaming": True}
+    boxes = []
+    for task in tasks:
+        key, done = str(task["id"]), task["done"]
+        box = {"type": "Checkbox", "key": key, "name": f"task_{key}", "label": task["title"]}
+        action = {**how, "payload": {"id": task["id"], "done": not done}}
+        boxes.append({**box, "defaultChecked": done, "onChangeAction": action})
+    return {"type": "Card", "children": boxes}
 
 
 async def toggle_task(context: TurnContext, action: Row, item: Row | None) -> None:
     """The action handler that goes with the to-do assistant: tick the task, and draw the widget again."""
     payload: Any = action.get("payload")
-    payload = payload if isinstance(payload, dict) else {}
-    task_id = payload.get("id")
+    task_id = payload.get("id") if isinstance(payload, dict) else None
     if action.get("type") != "toggle_task" or type(task_id) is not int:
         raise ValueError("the only action here is toggle_task, whose payload has the id of a task")
-    if await _change_task(context, task_id, done=bool(payload.get("done", True))) is None:
-        await context.notice("warning", f"There is no task {task_id} any more.")
+    changed = await _change_task(context, task_id, done=bool(payload.get("done", True)))
+    if "error" in changed:
+        await context.notice("warning", changed["error"])
     tasks = await context.store.tasks(context.user_id)
-    if item is not None and item["role"] == "widget":
+    if item is not None and item["type"] == "widget":
         await context.replace_widget(item["id"], task_widget(tasks), copy_text=task_text(tasks))
 
 
@@ -1090,317 +1256,199 @@ def todo_agent() -> Agent[TurnContext]:
     """The assistant that answers where create_app() is given no agent."""
     return Agent(
         name="To-do assistant",
-        instructions=INSTRUCTIONS,
+        instructions=(
+            "You keep the person's to-do list with your tools. Use them for whatever concerns the list, and "
+            "never claim a change that no tool made. Tasks are known by number; look them up when the person "
+            "names one by its title. Answer briefly, in the person's language."
+        ),
         tools=[add_task, list_tasks, complete_task, update_task, delete_task],
     )
 
 
-# ---- the demo model
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a sentence asks for: `verb` is a tool's name, `target` and `title` are the words it is about."""
-
-    verb: str
-    target: str = ""
-    title: str = ""
-
-
-_LIST_WORDS = r"(?:my|the)\s+(?:[\w-]+\s+)?(?:list|tasks?|to-?dos?)"
-_SENTENCES: tuple[tuple[str, str], ...] = (
-    (r"(?:show|list|display|see|read)\b.*\b(?:tasks?|list|to-?dos?|everything|them)\b.*", "list_tasks"),
-    (r"(?:show|list)(?: all)?", "list_tasks"),
-    (r"what(?:'s|s| is| are| do i)\b.*\b(?:tasks?|list|to-?dos?|to do|have|left|open)\b.*", "list_tasks"),
-    (rf"(?:add|put|create|make)\s+(?:an?\s+)?(?:new\s+)?(?:tasks?|to-?dos?)(?:\s*:\s*|\s+(?:to|called|named)\s+|\s+)"
-     rf"(?P<title>.+?)(?:\s+(?:to|on)\s+{_LIST_WORDS})?", "add_task"),
-    (rf"(?:add|put)\s+(?P<title>.+?)(?:\s+(?:to|on|onto)\s+{_LIST_WORDS})?", "add_task"),
-    (r"(?:new\s+task|task|to-?do)\s*:\s*(?P<title>.+)", "add_task"),
-    (r"(?:remind\s+me\s+to|i\s+(?:need|have|want)\s+to|don't\s+forget\s+to)\s+(?P<title>.+)", "add_task"),
-    (r"(?:rename|change|update)\s+(?P<target>.+?)\s+(?:to|into|as)\s+(?P<title>.+)", "update_task"),
-    (r"mark\s+(?P<target>.+?)(?:\s+as)?\s+(?:done|completed?|finished)", "complete_task"),
-    (r"(?:complete|finish|tick(?:\s+off)?|check(?:\s+off)?|i\s+(?:did|finished|completed)|done\s+with)\s+"
-     r"(?P<target>.+?)(?:\s+(?:on|from)\s+" + _LIST_WORDS + ")?", "complete_task"),
-    (r"(?P<target>.+?)\s+(?:is|are)\s+(?:done|completed?|finished)", "complete_task"),
-    (rf"(?:delete|remove|drop|erase|clear)\s+(?P<target>.+?)(?:\s+(?:from|off|on)\s+{_LIST_WORDS})?", "delete_task"),
-)  # fmt: skip
-_STARTS = (
-    r"(?:please\s+)?(?:add|put|create|make|new|show|list|display|what|remind|rename|change|update|mark|complete|finish"
-    r"|tick|check|delete|remove|drop|erase|clear)\b"
-)
-_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
-_NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def understand(text: str) -> list[Command]:
-    """The to-do commands in a message, in order; empty where it holds none."""
-    commands = []
-    for clause in re.split(rf"(?:[.;!?\n]+\s*|,?\s+(?:and\s+then|then|and)\s+|,\s*)(?={_STARTS})", text, flags=re.I):
-        clause = re.sub(r"^(?:(?:please|then|and|now|can you|could you|would you)\s+)+", "", clause.strip(), flags=re.I)
-        clause = re.sub(r"(?:\s*,?\s*please)?[\s.!?,;]*$", "", clause, flags=re.I)
-        for pattern, verb in _SENTENCES:
-            found = re.fullmatch(pattern, clause, flags=re.I | re.S)
-            if found is None:
-                continue
-            words = {"target": "", "title": "", **{k: v.strip() for k, v in found.groupdict().items() if v}}
-            titles = [words["title"]]
-            if verb == "add_task" and "," in words["title"]:  # "add milk, eggs and bread" is three
-                titles = [part for part in re.split(r"\s*,\s*(?:and\s+)?|\s+and\s+", words["title"]) if part]
-            commands += [Command(verb, words["target"], _unquoted(title)) for title in titles]
-            break
-    return commands
-
-
-def _unquoted(text: str) -> str:
-    return text.strip().strip("\"'\u201c\u201d\u2018\u2019")
-
-
-def _find_tasks(target: str, tasks: list[Row]) -> list[int]:
-    """The numbers of the tasks that some words mean: by number, by position, by title. Empty: none, or unclear."""
-    words = _unquoted(re.sub(r"^(?:(?:the|my|task|number|no\.?)\s+)+", "", target.lower().strip()))
-    words = re.sub(r"\s+(?:task|item|one|to-?do)s?$", "", words)
-    if re.fullmatch(r"#?\d{1,18}", words):
-        return [int(words.lstrip("#"))]
-    if words in ("all", "everything", "all of them", "all my", "them all"):
-        return [task["id"] for task in tasks]
-    if words in ("last", "latest"):
-        return [tasks[-1]["id"]] if tasks else []
-    for position, (ordinal, number) in enumerate(zip(_ORDINALS, _NUMBERS, strict=True)):
-        if words == ordinal:
-            return [tasks[position]["id"]] if position < len(tasks) else []
-        if words == number:
-            return [position + 1]
-    exact = [task["id"] for task in tasks if task["title"].lower() == words]
-    part = [task["id"] for task in tasks if words and words in task["title"].lower()]
-    return exact[:1] or (part if len(part) == 1 else [])
+# ================================================================================================= Demo model
+# A model without a network that calls the real tools.
 
 
 class DemoModel(Model):
-    """A model without a network: it understands a handful of to-do sentences, and says so.
+    """A model without a network: it understands a handful of to-do sentences and `call NAME {json}`.
 
     It takes the same way as any model: it streams Responses events, and its tool calls go through the runner.
-    Like any model it keeps nothing between two calls; what it did already is in the items that it is given.
     """
 
     def __init__(self, delay: float = 0.02) -> None:
-        self.delay = delay  # seconds between two words, so that one can see it stream
+        self.delay = delay  # seconds after each word, so that one can see it stream
 
     async def get_response(self, *args: Any, **kwargs: Any) -> ModelResponse:
-        async for event in self.stream_response(*args, **kwargs):
-            if event.type == "response.completed":
-                return ModelResponse(output=event.response.output, usage=Usage(), response_id=None)
-        raise AssertionError("the stream ends with response.completed")
+        return await ScriptedModel([ModelStep.respond(_respond)]).get_response(*args, **kwargs)
 
-    async def stream_response(
-        self,
-        system_instructions: str | None,
-        input: str | list[TResponseInputItem],
-        model_settings: ModelSettings,
-        tools: list[Tool],
-        *_: Any,
-        **__: Any,
-    ) -> AsyncIterator[TResponseStreamEvent]:
-        items = [{"role": "user", "content": input}] if isinstance(input, str) else cast(list[Row], input)
-        calls, text = self._decide(items, [tool.name for tool in tools], model_settings.tool_choice)
-        output: list[ResponseOutputItem] = []
-        if calls:
-            for name, arguments in calls:
-                output.append(
-                    ResponseFunctionToolCall(
-                        type="function_call",
-                        id="fc_demo",
-                        call_id="call_" + secrets.token_hex(8),
-                        name=name,
-                        arguments=json.dumps(arguments, ensure_ascii=False),
-                    )
-                )
-        else:
-            for word in re.findall(r"\S+\s*|\s+", text):
-                yield ResponseTextDeltaEvent(
-                    type="response.output_text.delta",
-                    item_id="msg_demo",
-                    output_index=0,
-                    content_index=0,
-                    sequence_number=0,
-                    delta=word,
-                    logprobs=[],
-                )
-                await asyncio.sleep(self.delay)
-            part = ResponseOutputText(type="output_text", text=text, annotations=[])
-            output.append(
-                ResponseOutputMessage(
-                    type="message", id="msg_demo", role="assistant", status="completed", content=[part]
-                )
-            )
-        for index, item in enumerate(output):
-            yield ResponseOutputItemDoneEvent(
-                type="response.output_item.done", item=item, output_index=index, sequence_number=0
-            )
-        said, heard = len(text.split()), len(json.dumps(items).split())  # words: a demo has no tokens
-        yield ResponseCompletedEvent(
-            type="response.completed",
-            sequence_number=0,
-            response=ModelOutput(
-                id="resp_demo",
-                created_at=0,
-                model="demo",
-                object="response",
-                output=output,
-                tools=[],
-                tool_choice="auto",
-                parallel_tool_calls=True,
-                usage=ResponseUsage(
-                    input_tokens=heard,
-                    output_tokens=said,
-                    total_tokens=heard + said,
-                    input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
-                    output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-                ),
-            ),
-        )
-
-    def _decide(self, items: list[Row], tools: list[str], forced: object) -> tuple[list[tuple[str, Row]], str]:
-        """What to do next: tools to call, or else what to say."""
-        start = max((n for n, item in enumerate(items) if item.get("role") == "user"), default=0)
-        message = _own_words(items[start]) if items else ""
-        outputs = {i["call_id"]: i["output"] for i in items if i.get("type") == "function_call_output"}
-        done = [
-            (item["name"], _object(item["arguments"]), _value(outputs.get(item["call_id"])))
-            for item in items[start:]
-            if item.get("type") == "function_call"
-        ]
-        if forced in tools and not done:
-            arguments = {"title": message} if forced in ("add_task", "update_task") else {}
-            wanted = [(c.verb, c.title) for c in understand(message) if c.verb == forced]
-            return [(str(forced), {"title": wanted[0][1]} if wanted and wanted[0][1] else arguments)], ""
-        named = re.search(r"\bcall\s+(\w+)\s*(\{.*\})?", message, re.S)
-        if named and named[1] in tools:
-            if not done:
-                return [(named[1], _object(named[2] or "{}"))], ""
-            return [], "\n\n".join(f"The tool `{name}` answered: {_text(result)}" for name, _, result in done)
-        commands = understand(message) if "add_task" in tools else []
-        if not commands:
-            return [], self._introduction(tools, items, done)
-
-        looked_up = [result for name, args, result in done if name == "list_tasks" and args.get("show") is False]
-        acted = [call for call in done if not (call[0] == "list_tasks" and call[1].get("show") is False)]
-        calls, missing = self._plan(commands, _known_tasks(items), looked_up)
-        if calls is None:
-            return [("list_tasks", {"show": False})], ""
-        rest = calls[len(acted) :]
-        if rest:  # a list is shown once what comes before it has been done
-            until = next((n for n, (name, _) in enumerate(rest) if name == "list_tasks"), len(rest))
-            return rest[: max(until, 1)], ""
-        said = [self._say(*call) for call in acted]
-        said += [f"I found no single task that fits \u201c{target}\u201d." for target in missing]
-        return [], "\n\n".join(said)
-
-    @staticmethod
-    def _plan(
-        commands: list[Command], shown: list[Row] | None, looked_up: list[Any]
-    ) -> tuple[list[tuple[str, Row]] | None, list[str]]:
-        """The calls that the commands come to, None where the tasks must be looked up first; and targets not found."""
-        calls: list[tuple[str, Row]] = []
-        missing = []
-        for command in commands:
-            if command.verb == "add_task":
-                calls.append(("add_task", {"title": command.title}))
-            elif command.verb == "list_tasks":
-                calls.append(("list_tasks", {"show": True}))
+    async def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[TResponseStreamEvent]:
+        async for event in ScriptedModel([ModelStep.respond(_respond)]).stream_response(*args, **kwargs):
+            if event.type == "response.output_text.delta":
+                for word in re.findall(r"\S+\s*|\s+", event.delta):
+                    yield event.model_copy(update={"delta": word})
+                    await asyncio.sleep(self.delay)
             else:
-                # "the second one" means the list that the person saw last; a title means the tasks there are now.
-                by_position = re.search(rf"\b(?:{'|'.join(_ORDINALS)}|last|latest)\b", command.target.lower())
-                tasks = shown if by_position and shown is not None else looked_up[0] if looked_up else None
-                found = _find_tasks(command.target, tasks or [])
-                if tasks is None and not re.search(r"^\D*#?\d+$", command.target):
-                    return None, []
-                if not found:
-                    missing.append(command.target)
-                title = {"title": command.title} if command.verb == "update_task" else {}
-                calls += [(command.verb, {"task_id": task_id, **title}) for task_id in found]
-        return calls, missing
-
-    @staticmethod
-    def _say(name: str, arguments: Row, result: Any) -> str:
-        if name == "list_tasks" and isinstance(result, list):
-            if not result:
-                return "Your list is empty."
-            lines = [f"- **{t['id']}** {t['title']}{' (done)' if t['done'] else ''}" for t in result]
-            return "Your tasks:\n\n" + "\n".join(lines)
-        if not isinstance(result, dict) or "title" not in result:
-            return str(result.get("error", result)) if isinstance(result, dict) else f"That did not work: {result}"
-        title = f"\u201c{result['title']}\u201d"
-        return {
-            "add_task": f"Added {title} to your list. It is task {result['id']}.",
-            "complete_task": f"Marked {title} as done.",
-            "update_task": f"Task {result['id']} is now {title}.",
-            "delete_task": f"Removed {title} from your list.",
-        }.get(name, _text(result))
-
-    @staticmethod
-    def _introduction(tools: list[str], items: list[Row], done: list[tuple[str, Row, Any]]) -> str:
-        if done:
-            return "\n\n".join(f"The tool `{name}` answered: {_text(result)}" for name, _, result in done)
-        files = (
-            [part for part in _parts(items[-1]) if part.get("type") in ("input_image", "input_file")] if items else []
-        )
-        seen = f"You sent {len(files)} file(s), which I cannot look at. " if files else ""
-        what = (
-            "I keep a to-do list: try \u201cadd buy milk to my list\u201d, \u201cshow my tasks\u201d, "
-            "\u201ccomplete buy milk\u201d, \u201crename 1 to buy oat milk\u201d or \u201cdelete the first one\u201d. "
-            if "add_task" in tools
-            else "I can call the tools of this app: " + ", ".join(f"\u201ccall {name}\u201d" for name in tools) + ". "
-            if tools
-            else ""
-        )
-        return (
-            f"{seen}I am the built-in demo model: a few rules, no language model behind them. {what}"
-            "For real answers, set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL and start the server again."
-        )
+                yield event
 
 
-def _parts(item: Row) -> list[Row]:
-    content = item.get("content")
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else list(content or [])
+ToolCall = tuple[str, Row]  # a tool's name, and its arguments
+TODO_STARTERS = ("add buy milk to my list", "show my tasks", "complete buy milk")
+_SENTENCES = {
+    r"(?:show|list|what)\b.*\b(?:tasks|list|to-?dos)": "list_tasks",
+    r"(?:add|remind me to|create a task to) (.+?)": "add_task",
+    r"(?:rename|change) (.+?) to (.+?)": "update_task",
+    r"(?:complete|finish|mark) (.+?)(?: as done)?": "complete_task",
+    r"(.+?) (?:is|are) done": "complete_task",
+    r"(?:delete|remove) (.+?)": "delete_task",
+}
+_VERB = r"(?:show|list|what|add|remind|create|rename|change|complete|finish|mark|delete|remove)\b"
+_POLITELY = r"(?:(?:please|and|then|(?:can|could) you) ){0,3}"
+_ON_MY_LIST = r"(?: (?:to|on|from|off) (?:my|the) (?:to-?do )?list)?(?:,? please)?"
+_PLACES = {"first": 0, "second": 1, "third": 2, "last": -1}
+_QUOTES = "\"'“” "
+_UNREADABLE = (ValueError, TypeError, KeyError, RecursionError)
+_SAID = {
+    "add_task": "Added “{title}” to your list. It is task {id}.",
+    "complete_task": "Marked “{title}” as done.",
+    "update_task": "Task {id} is now “{title}”.",
+    "delete_task": "Removed “{title}” from your list.",
+}
+
+
+def _respond(call: ModelCall) -> ModelStep:
+    """The next step. Like any model it keeps nothing between two: what it did is in the items it is given."""
+    given = call.input
+    items: list[Row] = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    words = [_own_words(item) for item in items]
+    spoken = (n for n, item in enumerate(items) if words[n] or item.get("role") == "assistant")
+    start = max(spoken, default=0)  # what follows an answer is no person's: a click, or the like
+    outputs = {i["call_id"]: i.get("output") for i in items if i.get("type") == "function_call_output"}
+    done: dict[str, list[Any]] = {}  # what the tools answered since then
+    for item in items[start:]:
+        if item.get("type") == "function_call":
+            done.setdefault(item["name"], []).append(outputs.get(item["call_id"]))
+    tools = {tool.name: tool.params_json_schema for tool in call.tools if isinstance(tool, FunctionTool)}
+    tools |= {handoff.tool_name: handoff.input_json_schema for handoff in call.handoffs}
+    steps = _steps(words[start], tools, "" if done else str(call.model_settings.tool_choice))
+    text = ""
+    try:  # from the beginning, up to the first calls that have not been made
+        calls = next(steps)
+        while all(done.get(name) for name, _ in calls):
+            calls = steps.send([done[name].pop(0) if done[name] else None for name, _ in calls])
+        output: list[Any] = [function_call(*each, call_id="call_" + secrets.token_hex(8)) for each in calls]
+    except StopIteration as end:  # what is left in `done` was forced, or is the handoff that led here
+        said = [_report(name, answer) for name, answers in done.items() for answer in answers]
+        text = "\n\n".join([*said, *end.value]) or _introduction(list(tools))
+        output = [assistant_message(text)]
+    heard, told = len(json.dumps(items, default=str).split()), len(text.split())  # words: it has no tokens
+    return ModelStep(output, Usage(1, input_tokens=heard, output_tokens=told, total_tokens=heard + told))
 
 
 def _own_words(item: Row) -> str:
-    """The last text of a user's message: what stands before it is context that the server added."""
-    texts = [part["text"] for part in _parts(item) if part.get("type") == "input_text"]
-    return texts[-1] if texts else ""
+    """What a person wrote, whose last part has it; context is put there by the server."""
+    content = item.get("content") if item.get("role") == "user" else None
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
+    return "" if not texts or texts[0].startswith("<context>") else texts[-1]
 
 
-def _value(output: Any) -> Any:
-    """A tool's output, decoded where it is a JSON object or array; NaN, which Python takes for JSON, is none."""
-    if isinstance(output, str) and output[:1] in ("{", "["):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json_copy(json.loads(output))
-    return output
+def _steps(words: str, tools: dict[str, Row], forced: str) -> Generator[list[ToolCall], list[Any], list[str]]:
+    """A whole answer: yields the calls of each step, is sent their outputs, and returns what to say."""
+    calls = _named_calls(words, list(tools))
+    commands = understand(words) if "add_task" in tools and not calls else []
+    if forced in tools and forced not in [name for name, *_ in [*calls, *commands]]:
+        kinds = tools[forced].get("properties", {}).items()
+        calls, commands = [(forced, {key: words for key, kind in kinds if kind.get("type") == "string"})], []
+    said = list(map(_report, [name for name, _ in calls], (yield calls))) if calls else []
+    listed = None
+    for tool, target, title in commands:
+        if tool == "list_tasks":
+            calls = [(tool, {"show": True})]
+        elif tool == "add_task":
+            calls = [(tool, {"title": each.strip(_QUOTES)}) for each in re.split(", and |, | and ", target)]
+        else:
+            if listed is None and not target.isdecimal():
+                [listed] = yield [("list_tasks", {"show": False})]
+            rest = {"title": title} if title else {}
+            calls = [(tool, {"task_id": task_id, **rest}) for task_id in _find_tasks(target, listed)]
+        if calls:
+            said += map(_report, [tool] * len(calls), (yield calls))
+        else:
+            said.append(f"I found no single task that fits “{target}”.")
+    return said
 
 
-def _object(text: str) -> Row:
-    """A tool call's arguments, empty where they are not a JSON object."""
-    value = _value(text)
-    return value if isinstance(value, dict) else {}
+def understand(text: str) -> list[tuple[str, str, str]]:
+    """The to-do commands in a message: a tool, the words that name its task, and a new title."""
+    commands = []
+    text = " ".join(text[:1000].split())  # a pattern may look at all of it many times
+    for clause in re.split(rf"(?:[.;!?,] ?| and | then )(?={_POLITELY}{_VERB})", text, flags=re.I):
+        for sentence, tool in _SENTENCES.items():
+            pattern = f"{_POLITELY}(?:{sentence}){_ON_MY_LIST}"
+            if found := re.fullmatch(pattern, clause.strip(" .!?,;"), re.I):
+                target, title, *_ = [*(group.strip(_QUOTES) for group in found.groups()), "", ""]
+                commands.append((tool, target, title))
+                break
+    return commands
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _find_tasks(words: str, listed: Any) -> list[int]:
+    """The numbers of the tasks that are meant: by number, position or title. Empty: none, or unclear."""
+    words = re.sub(r"^(?:(?:the|my|task) |#)+| (?:tasks?|one)$", "", words.lower())
+    if words.isdecimal():
+        return [int(words)]
+    titles: dict[int, str] = {}
+    with contextlib.suppress(*_UNREADABLE):
+        titles = {task["id"]: task["title"].lower() for task in json.loads(listed)}
+    if words in _PLACES:
+        return list(titles)[_PLACES[words] :][:1]
+    if words in ("all", "everything"):
+        return list(titles)
+    exact = [task_id for task_id, title in titles.items() if title == words]
+    part = [task_id for task_id, title in titles.items() if words in title]
+    return exact[:1] or (part if len(part) == 1 else [])
 
 
-def _known_tasks(items: list[Row]) -> list[Row] | None:
-    """The tasks that the person was shown last, from the results in the history."""
-    shown = {
-        item["call_id"] for item in items if item.get("name") == "list_tasks" and _object(item["arguments"]).get("show")
-    }
-    for item in reversed(items):
-        if item.get("type") == "function_call_output" and item["call_id"] in shown:
-            tasks = _value(item["output"])
-            return tasks if isinstance(tasks, list) else None
-    return None
+def _named_calls(words: str, tools: list[str]) -> list[ToolCall]:
+    """What is named in `call echo {"text": "hi"} call transfer_to_billing`."""
+    calls, end, pattern = [], 0, re.compile(r"\bcall\s+([\w-]+)\s*", re.I)
+    while found := pattern.search(words, end):
+        arguments, end = None, found.end()
+        with contextlib.suppress(*_UNREADABLE):
+            arguments, end = json.JSONDecoder().raw_decode(words, end)
+            arguments = json_copy(arguments)
+        if found[1] in tools:
+            calls.append((found[1], arguments if isinstance(arguments, dict) else {}))
+    return calls
 
 
-# ---- choosing a model
+def _report(tool: str, output: Any) -> str:
+    """What a tool answered, in words."""
+    with contextlib.suppress(*_UNREADABLE):  # then it is none of these
+        result = json.loads(output)
+        if tool == "list_tasks":
+            lines = [f"- **{each['id']}** {each['title']}{' (done)' * each['done']}" for each in result]
+            return "\n".join(["Your tasks:\n", *lines]) if lines else "Your list is empty."
+        return _SAID.get(tool, "{assistant} has taken over.").format(**result)
+    if isinstance(output, list):  # content parts
+        output = " ".join(part.get("text") or f"({part['type'].removeprefix('input_')})" for part in output)
+    answer = f"answered: {str(output)[:1000]}" if output else "said nothing."
+    return f"The tool `{tool}` {answer}"
+
+
+def _introduction(tools: list[str]) -> str:
+    tries = TODO_STARTERS if "add_task" in tools else [f"call {tool}" for tool in tools]
+    what = f"Try “{'”, “'.join(tries)}”. " if tries else ""
+    return (
+        f"I am the built-in demo model: a few rules, no language model behind them. {what}"
+        "For real answers, set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL and start the server again."
+    )
+
+
+# ===================================================================================================== Models
+# Choosing a model by its name, and what its failures mean for a person.
+
+# Whose a name without a slash probably is, by how it begins.
+MEANT = {name: name for name in ("gemini", "mistral", "deepseek")} | {"claude": "anthropic", "grok": "xai"}
 
 
 class Models(ModelProvider):
@@ -1414,354 +1462,590 @@ class Models(ModelProvider):
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Raises SettingsError where the default model cannot work."""
         self.settings = settings
         self._models: dict[str, Model] = {}
-        self._client: AsyncOpenAI | None = None
         if settings.model:
-            self.default = settings.model
+            self.default = settings.model.removeprefix("litellm/")
         elif settings.openai_api_key:
             self.default = get_default_model()
         elif settings.gemini_api_key:
             self.default = "gemini/" + settings.gemini_model.split("/")[-1]
         else:
             self.default = "demo"
-        for name in self.names:
-            self.get_model(name)  # a name that cannot work is told now, not at the first message
 
     @property
-    def names(self) -> list[str]:
-        """The models that a message may ask for."""
-        return list(dict.fromkeys([self.default, *self.settings.models]))
+    def choices(self) -> dict[str, str]:
+        """The models that a message may ask for, by the names that it has for them."""
+        return {self.default: self.default, **self.settings.models}
 
     def get_model(self, model_name: str | None) -> Model:
-        name = model_name or self.default
+        """Raises SettingsError where it cannot work: the text says which variable to set, or another name."""
+        name = (model_name or self.default).removeprefix("litellm/")
         if name not in self._models:
-            self._models[name] = self._make(name)
+            make = self._litellm_model if "/" in name else self._openai_model
+            self._models[name] = DemoModel() if name == "demo" else make(name)
         return self._models[name]
 
-    def _make(self, name: str) -> Model:
-        if name == "demo":
-            return DemoModel()
-        if "/" in name:
-            return self._make_litellm(name)
+    def _openai_model(self, name: str) -> Model:
+        provider = MEANT.get(re.split("[^a-z]", name.lower())[0])
+        if provider and not self.settings.openai_base_url:
+            raise SettingsError(f"The model {name!r} needs its provider's name: write {provider}/{name}.")
         if not self.settings.openai_api_key and not self.settings.openai_base_url:
             raise SettingsError(
-                f"The model {name!r} is one of OpenAI's and needs OPENAI_API_KEY, or OPENAI_BASE_URL for a server "
-                "that speaks its API. Names of other providers have a slash, as in gemini/gemini-2.5-flash."
+                f"The model {name!r} is one of OpenAI's: it needs OPENAI_API_KEY, or OPENAI_BASE_URL for "
+                "a server that speaks its API. Others have a slash, as in gemini/gemini-2.5-flash."
             )
         if self.client.base_url.host == "api.openai.com":
             return OpenAIResponsesModel(model=name, openai_client=self.client)
         return OpenAIChatCompletionsModel(model=name, openai_client=self.client)
 
-    @property
+    @functools.cached_property
     def client(self) -> AsyncOpenAI:
-        if self._client is None:
-            self._client = AsyncOpenAI(
-                api_key=self.settings.openai_api_key or "none",  # local servers ask for none
-                base_url=self.settings.openai_base_url or "https://api.openai.com/v1",  # or it looks in the environment
-                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_no_long_wait]}),
-            )
-        return self._client
+        return AsyncOpenAI(
+            api_key=self.settings.openai_api_key or "none",  # local servers ask for none
+            base_url=self.settings.openai_base_url or "https://api.openai.com/v1",
+            max_retries=1,  # it obeys a Retry-After of up to two minutes without a word, each time
+        )
 
     async def transcribe(self, audio: bytes, mime_type: str) -> str:
         """Speech to text at OpenAI, which knows a recording's format by its file name."""
-        name = "audio." + mime_type.split("/")[-1]
-        model = "gpt-4o-mini-transcribe"
-        return (await self.client.audio.transcriptions.create(model=model, file=(name, audio, mime_type))).text
+        file = ("audio." + mime_type.split("/")[-1], audio, mime_type)
+        said = await self.client.audio.transcriptions.create(model="gpt-4o-mini-transcribe", file=file)
+        return said.text
 
-    def _make_litellm(self, name: str) -> Model:
+    def _litellm_model(self, name: str) -> Model:
         # LiteLLM costs two seconds and 50 MB; and it fetches a price list at import unless it is told not to.
         os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
         import litellm
         from agents.extensions.models.litellm_model import LitellmModel
 
-        litellm.suppress_debug_info = True  # it prints advice to standard output otherwise
-        litellm.drop_params = True  # a setting that one provider does not know is left out, rather than refused
-        litellm.disable_aiohttp_transport = True  # that one keeps the connection of a stopped answer, and hides breaks
         _mend_litellm()
-        try:
-            litellm.get_llm_provider(name)
-        except Exception as error:
-            raise SettingsError(
-                f"LiteLLM knows no provider for the model {name!r}; names look like gemini/gemini-2.5-flash."
-            ) from error
-        key = self.settings.gemini_api_key if name.startswith("gemini/") else None
-        return LitellmModel(model=name, api_key=key)
+        litellm.suppress_debug_info = True  # it prints advice to standard output otherwise
+        litellm.drop_params = True  # a setting that one provider does not know is left out, not refused
+        litellm.disable_aiohttp_transport = True  # it keeps a stopped answer's connection, and hides breaks
+        provider, _, rest = name.partition("/")
+        known = [str(getattr(each, "value", each)) for each in litellm.provider_list]
+        if provider not in known:
+            near = [f"{each}/{rest}" for each in difflib.get_close_matches(provider.lower(), known, 1)]
+            meant = near[0] if near else "gemini/gemini-2.5-flash, say"
+            told = f"LiteLLM knows no provider {provider!r} (of the model {name!r})"
+            raise SettingsError(f"{told}: write {meant}.")
+        for variable, value in list(os.environ.items()):
+            if variable.endswith("_API_KEY") and not value:
+                del os.environ[variable]  # what is empty counts as not set, but not for LiteLLM
+        keys = {"gemini": self.settings.gemini_api_key, "openai": self.settings.openai_api_key}
+        key, url = keys.get(provider), self.settings.openai_base_url if provider == "openai" else None
+        missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
+        if needed := [variable for variable in missing if variable.endswith("_API_KEY")]:
+            raise SettingsError(f"The model {name!r} needs {' or '.join(needed)}.")
+        return LitellmModel(model=name, api_key=key, base_url=url)
 
     async def close(self) -> None:
-        client, self._client = self._client, None
         self._models.clear()
-        if client is not None:
+        if client := self.__dict__.pop("client", None):
             await client.close()
 
 
-async def _no_long_wait(response: Any) -> None:
-    """The client obeys a Retry-After of up to two minutes, twice, without a word; a person is better told at once."""
-    if not re.fullmatch(r"[0-5](\.[0-9]+)?", response.headers.get("retry-after", "0")):
-        response.headers["x-should-retry"] = "false"
-
-
 def _mend_litellm() -> None:
-    """Where a stream of Gemini's ends within a chunk, LiteLLM 1.83 asks for the rest for ever and stops the process."""
+    """Where Gemini's stream ends within a chunk, LiteLLM 1.83 asks for the rest for ever, and stops all."""
     from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import ModelResponseIterator
 
     parse = ModelResponseIterator.handle_accumulated_json_chunk
 
     def parse_or_end(self: Any, chunk: str) -> Any:
-        if not chunk:
-            rest, self.accumulated_json = self.accumulated_json, ""
-            return json.loads(rest)  # which raises, or it would have been taken before
-        return parse(self, chunk)
+        if chunk:
+            return parse(self, chunk)
+        rest, self.accumulated_json = self.accumulated_json, ""
+        return json.loads(rest)  # which raises, or it would have been taken before
 
     if parse.__name__ != parse_or_end.__name__:
         ModelResponseIterator.handle_accumulated_json_chunk = parse_or_end  # type: ignore[method-assign]  # on purpose
+
+
+def agents_within(agent: Agent[Any]) -> list[Agent[Any]]:
+    """An agent and all that it may hand over to or use as tools.
+
+    The SDK has no public way to these agents: a test fails when the attributes change.
+    """
+    found = [agent]
+    for each in found:  # which grows meanwhile
+        handed = [next_ if isinstance(next_, Agent) else next_._agent_ref() for next_ in each.handoffs]  # type: ignore[misc]
+        used = [getattr(tool, "_agent_instance", None) for tool in each.tools]
+        found += [near for near in [*handed, *used] if isinstance(near, Agent) and near not in found]
+    return found
 
 
 class EmptyAnswer(Exception):
     """The model ended without a word."""
 
 
-def _http_status(error: BaseException | None) -> int:
-    """The HTTP status behind an error, 0 if there is none.
+# Why an answer failed, by its code: what a person is told, and where to try again is not worth it.
+REASONS = {
+    "timeout": "The model took too long to answer.",
+    "key_rejected": "The model's provider rejected the API key.",
+    "rate_limited": "The model's provider says: too many requests, or no credit left. Try again later.",
+    "model_not_found": "The model's provider does not know this model. Check the model's name.",
+    "refused": "The model's provider refused the request.",
+    "unreachable": "The model's provider cannot be reached, or is out of order.",
+    "too_many_steps": "The assistant took too many steps without an answer.",
+    "guardrail": "This was blocked by a guardrail.",
+    "refusal": "The model declined to answer.",
+    "bad_answer": "The model's provider broke off, or sent what is no answer.",
+    "empty": "The model gave no answer.",
+    "internal": "Something went wrong while answering.",
+}
+FINAL = {"key_rejected", "model_not_found", "refused", "guardrail", "refusal"}
+BY_STATUS = {401: "key_rejected", 402: "rate_limited", 403: "key_rejected", 404: "model_not_found"}
+BY_STATUS |= {408: "timeout", 409: "unreachable", 429: "rate_limited"}
+BY_CLASS: dict[type[BaseException], str] = {  # the first that fits counts
+    openai.APITimeoutError: "timeout",
+    ModelTimeoutError: "timeout",
+    asyncio.TimeoutError: "timeout",
+    TimeoutError: "timeout",
+    MaxTurnsExceeded: "too_many_steps",
+    InputGuardrailTripwireTriggered: "guardrail",
+    OutputGuardrailTripwireTriggered: "guardrail",
+    ToolInputGuardrailTripwireTriggered: "guardrail",
+    ToolOutputGuardrailTripwireTriggered: "guardrail",
+    ModelRefusalError: "refusal",
+    ModelBehaviorError: "bad_answer",
+    json.JSONDecodeError: "bad_answer",
+    EmptyAnswer: "empty",
+    openai.APIError: "unreachable",
+    ConnectionError: "unreachable",
+}
 
-    LiteLLM goes by digits in the provider's text, where a port or a length may look like a status; so what counts is
-    the error that its own came from.
-    """
-    status = 0
-    while error is not None:
-        found = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
-        status = found if isinstance(found, int) else status
-        error = error.__cause__ or error.__context__
-    return status
 
-
-def explain(error: BaseException) -> tuple[str, str, bool]:
-    """An error as a person may see it: its code, a text from a fixed list, and whether to try again is worth it.
+def explain(error: BaseException) -> Row:
+    """An error as a person may see it: its code, a text from a fixed list, and whether trying again may help.
 
     The error's own text stays out: providers put keys, addresses and prompts into theirs.
     """
     error = getattr(error, "original_exception", None) or error  # what LiteLLM has wrapped in one of its own
-    status = _http_status(error)
-    if not status and isinstance(
-        error, (openai.APITimeoutError, ModelTimeoutError, asyncio.TimeoutError, TimeoutError)
-    ):
-        return "timeout", "The model took too long to answer.", True
-    if status in (401, 403):
-        return "key_rejected", "The model's provider rejected the API key.", False
-    if status in (402, 429):
-        return "rate_limited", "The model's provider says: too many requests, or no credit left. Try again later.", True
-    if status == 404:
-        return "model_not_found", "The model's provider does not know this model. Check the model's name.", False
-    if status == 408:
-        return "timeout", "The model took too long to answer.", True
-    if 400 <= status < 500 and status != 409:
-        return "refused", "The model's provider refused the request.", False
-    if isinstance(error, (openai.APIConnectionError, ConnectionError)) or status:
-        return "unreachable", "The model's provider cannot be reached, or is out of order.", True
-    if isinstance(error, MaxTurnsExceeded):
-        return "too_many_steps", "The assistant took too many steps without an answer.", True
-    if isinstance(
-        error,
-        (
-            InputGuardrailTripwireTriggered,
-            OutputGuardrailTripwireTriggered,
-            ToolInputGuardrailTripwireTriggered,
-            ToolOutputGuardrailTripwireTriggered,
-        ),
-    ):
-        return "guardrail", "This was blocked by a guardrail.", False
-    if isinstance(error, ModelRefusalError):
-        return "refusal", "The model declined to answer.", False
-    if isinstance(error, UnreadableFile):
-        return "unreadable_file", str(error), False
-    if isinstance(error, (ModelBehaviorError, json.JSONDecodeError)):
-        return "bad_answer", "The model's provider broke off, or sent what is no answer.", True
-    if isinstance(error, EmptyAnswer):
-        return "empty", "The model gave no answer.", True
+    if isinstance(error, (Refused, UnreadableFile, SettingsError)):
+        code = "unreadable_file" if isinstance(error, UnreadableFile) else "refused"
+        return reason_json(code, str(error), allow_retry=False)
     if isinstance(error, (sqlite3.Error, StoreError)):
-        return "storage", storage_text(error), True
-    if isinstance(error, openai.APIError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
-        return "unreachable", "The connection to the model's provider broke.", True
-    return "internal", "Something went wrong while answering.", True
+        return reason_json("storage", storage_text(error))
+    status = _http_status(error)
+    if 400 <= status < 500:
+        code = BY_STATUS.get(status, "refused")
+    elif status or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
+        code = "unreachable"
+    else:
+        code = next((code for kind, code in BY_CLASS.items() if isinstance(error, kind)), "internal")
+    return reason_json(code, REASONS[code], allow_retry=code not in FINAL)
+
+
+def _http_status(error: BaseException | None) -> int:
+    """The HTTP status behind an error, 0 if there is none.
+
+    LiteLLM goes by digits in the provider's text, where a port or a length may look like a status; so what
+    counts is the error that its own came from.
+    """
+    status = 0
+    while error is not None:
+        for part in (getattr(error, "response", None), error):
+            found = getattr(part, "status_code", None)
+            status = found if isinstance(found, int) else status
+        error = error.__cause__ or error.__context__
+    return status
 
 
 def storage_text(error: BaseException) -> str:
     """What a failing database means for the person."""
     if isinstance(error, StoreError):
         return str(error)
-    text = str(error).lower()
-    if "locked" in text or "busy" in text:
-        return "The database is locked by another program. Try again in a moment."
-    if "full" in text:
-        return "The disk is full; nothing new can be kept."
-    if "readonly" in text:
-        return "The database is read-only; nothing new can be kept."
-    return "The database cannot be used right now."
+    told = {
+        "locked": "The database is locked by another program. Try again in a moment.",
+        "full": "The disk is full; nothing new can be kept.",
+        "readonly": "The database is read-only; nothing new can be kept.",
+    }
+    found = (text for word, text in told.items() if word in str(error).lower())
+    return next(found, "The database cannot be used right now.")
 
 
-# ---- what the model is shown
+# ====================================================================================================== Items
+# A row has three faces: what the model is shown again (input items of the Agents SDK, which are those of
+# OpenAI's Responses API), what ChatKit shows (a thread item), and plain text. For each kind of row they stand
+# side by side here. An item that passes through whole needs nothing of its own: `input`, `item` and `content`
+# hold its faces.
+
+# Types of input items; others mean something to one provider only.
+OF_ANY_MODEL = (None, "message", "function_call", "function_call_output")
+
+
+def model_input(rows: list[Row], cut: bool, hosted: bool) -> list[Row]:
+    """What the model is shown of stored rows, which have their `files`.
+
+    `cut` says that older rows exist; `hosted`, that the model knows the items of OpenAI's own tools. Raises
+    UnreadableFile for a file of the newest message that no model can be given.
+    """
+    newest = max((row["id"] for row in rows if row["role"] == "user"), default=0)
+    items = [item for row in rows for item in row_input(row, newest=row["id"] == newest)]
+    if cut and rows[0]["role"] != "user":  # some providers insist that a conversation begins with the person
+        items.insert(0, {"role": "user", "content": "(Earlier messages are left out.)"})
+    return [item for item in _with_outputs(items) if hosted or item.get("type") in OF_ANY_MODEL]
+
+
+def _with_outputs(items: list[Row]) -> list[Row]:
+    """Each call gets an output and each output has a call, or providers refuse the history.
+
+    A turn may break off between the two, and the oldest rows may be cut between them. Outputs stand behind
+    all calls of one response.
+    """
+    kinds = ("function_call", "function_call_output")
+    called, answered = ({item["call_id"] for item in items if item.get("type") == kind} for kind in kinds)
+    text = "(There is no result: the person's side did not let this come to its end.)"
+    whole: list[Row] = []
+    for are_calls, group in itertools.groupby(items, key=lambda item: item.get("type") == kinds[0]):
+        together = [item for item in group if item.get("type") != kinds[1] or item["call_id"] in called]
+        lost = [item["call_id"] for item in together if are_calls and item["call_id"] not in answered]
+        whole += together + [{"type": kinds[1], "call_id": call_id, "output": text} for call_id in lost]
+    return whole
+
+
+def row_input(row: Row, *, newest: bool) -> list[Row]:
+    """What the model is shown of one row; the end is after ThreadItemConverter in chatkit/agents.py."""
+    given, item = row["input"], row["item"]
+    if isinstance(given, list):
+        return given
+    if row["role"] == "user":
+        return [user_input(row, newest=newest)]
+    if row["role"] == "assistant":
+        return [{"role": "assistant", "content": row["content"]}]
+    if row["role"] == "system":
+        return [context_input(row["content"])]
+    if given or row["tool_calls"] or item["type"] == "end_of_turn":
+        return []
+    shown = row["content"] or to_json({name: value for name, value in item.items() if name != "type"})
+    return [context_input(f"The person was shown this {item['type'].replace('_', ' ')}:\n{shown}")]
+
+
+def thread_item(row: Row, base: str) -> Row:
+    """A stored row as ChatKit's thread item; `base` is the app's own URL."""
+    item = row["item"]
+    if row["role"] == "user":
+        item = user_item(row, base)
+    elif row["role"] == "item":
+        item = shown_item(row, base)
+    elif item is None and row["role"] == "assistant":
+        item = {"type": "assistant_message", "content": [output_text(row["content"])]}
+    elif item is None:
+        item = tool_item(row)
+    thread_id = str(row["conversation_id"])
+    return {"id": str(row["id"]), "thread_id": thread_id, "created_at": row["created_at"], **item}
+
+
+def plain_message(row: Row, base: str) -> Row:
+    """A row as REST returns it: what MessageOut has of it."""
+    message = {name: value for name, value in row.items() if value or name not in ("item", "error")}
+    return {**message, "item": thread_item(row, base)} if row["item"] else message
+
+
+def as_shown(row: Row, show_tools: str) -> Row | None:
+    """A row as readers may see it: CHATKIT_SHOW_TOOLS may hide a tool call's contents, or all of it."""
+    if row["role"] != "tool" or show_tools == "full":
+        return row
+    calls = [{**call, "args": {}} for call in row["tool_calls"]]
+    return {**row, "tool_calls": calls, "content": "", "item": None} if show_tools == "names" else None
+
+
+def markdown(title: str, rows: list[Row]) -> str:
+    """A conversation as a Markdown document."""
+    parts = [f"# {title}"]
+    for row in rows:
+        if row["role"] == "tool":
+            parts += [f"**Tool** `{row['tool_calls'][0]['name']}`", *map(code_block, tool_texts(row))]
+        elif row["content"]:
+            who = {"user": "**You**\n\n", "assistant": "**Assistant**\n\n"}.get(row["role"], "")
+            parts.append(who + row["content"])
+        if row["role"] == "assistant" and row["item"]:
+            sources = [annotation["source"] for annotation in row["item"]["content"][0]["annotations"]]
+            named = [(source.get("title", "source"), source.get("url")) for source in sources]
+            parts.append("\n".join(f"- [{name}]({url})" if url else f"- {name}" for name, url in named))
+    return "\n\n".join(parts) + "\n"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Text as a Markdown code block, whose fence is longer than any within it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+# ---- what the person wrote
 
 
 class UnreadableFile(Exception):
     """A file that no model can be given; the text is safe to show."""
 
 
-def model_input(rows: list[Row], cut: bool, files: dict[str, bytes]) -> list[TResponseInputItem]:
-    """Stored items as the Agents SDK's input items (those of OpenAI's Responses API).
-
-    `files` has the bytes of attachments by their id. Raises UnreadableFile for one of the newest message.
-
-    `cut` says that older items exist. Item ids are left out: an id would make OpenAI look for the reasoning that
-    belongs to it. Call ids go back verbatim: LiteLLM keeps Gemini's thought signatures in them. The calls of one
-    model response stay together, in front of their outputs: a response is signed in its first call only.
-    """
-    items: list[Row] = []
-    outputs: list[Row] = []  # of the calls of one response
-    notes: list[str] = []  # context, which goes in front of the person's next words
-    group = None
-    if cut and rows and rows[0]["role"] != "user":
-        # Some providers insist that a conversation begins with the person.
-        items.append({"role": "user", "content": "(Earlier messages are left out.)"})
-    newest = max((row["id"] for row in rows if row["role"] == "user"), default=0)
-    for row in rows:
-        role, extra = row["role"], row["extra"]
-        if role != "widget" and (not row["tool_calls"] or extra.get("group") != group):
-            items += outputs
-            outputs = []
-        if role == "user":
-            parts = [{"type": "input_text", "text": note} for note in notes] + _user_parts(
-                row, files, row["id"] == newest
-            )
-            notes = []
-            items.append({"role": "user", "content": parts[0]["text"] if len(parts) == 1 else parts})
-        elif role == "assistant":
-            items.append({"role": "assistant", "content": row["content"]})
-        elif row["tool_calls"] and not extra.get("hosted"):  # a hosted tool's call means nothing to another provider
-            call, group = row["tool_calls"][0], extra.get("group")
-            signed = {"provider_data": extra["provider_data"]} if "provider_data" in extra else {}
-            call = {"call_id": call["id"], "name": call["name"], "arguments": _json(call["args"]), **signed}
-            items.append({"type": "function_call", **call})
-            outputs.append({"type": "function_call_output", "call_id": call["call_id"], "output": _tool_output(row)})
-        elif role == "widget":
-            shown = row["content"] or json.dumps(extra.get("widget"), ensure_ascii=False)
-            notes.append(f"<context>\nThe person was shown this widget:\n{shown}\n</context>")
-        elif role == "system":
-            notes.append(f"<context>\n{row['content']}\n</context>")
-    items += outputs
-    if notes:
-        items.append({"role": "user", "content": "\n".join(notes)})
-    return cast(list[TResponseInputItem], items)
-
-
-def _tool_output(row: Row) -> str:
-    """A stored call's result, as the model is told it; every call has one, or providers refuse the history."""
-    if row["status"] == "done":
-        return row["content"] or "(no output)"
-    if row["role"] == "input" or "client" in row["extra"]:
-        return "(The person's side did not answer this.)"
-    return "(The call did not finish.)"
-
-
-def _user_parts(row: Row, files: dict[str, bytes], newest: bool) -> list[Row]:
-    """A user's message, its own words last; what is quoted, tagged or attached stands apart from them."""
-    extra = row["extra"]
-    parts = []
-    if extra.get("quoted_text"):
-        quoted = f"The person quotes from this conversation:\n<quoted_text>\n{extra['quoted_text']}\n</quoted_text>"
-        parts.append({"type": "input_text", "text": quoted})
-    for tag in extra.get("parts") or []:
+def user_input(row: Row, *, newest: bool) -> Row:
+    """The person's own words last; what is quoted, tagged or attached stands apart from them."""
+    item, parts = row["item"] or {}, []
+    if item.get("quoted_text"):
+        parts.append(input_text(f"The person quotes from this conversation:\n{item['quoted_text']}"))
+    for tag in item.get("content") or []:
         if tag["type"] == "input_tag":
-            about = json.dumps({key: tag[key] for key in ("id", "text", "data")}, ensure_ascii=False)
-            parts.append({"type": "input_text", "text": f"The person's message names this as @{tag['text']}:\n{about}"})
-    for file in extra.get("attachments") or []:
-        part = None if extra.get("unread") and not newest else _file_part(file, files.get(file["id"], b""))
+            about = to_json({name: tag[name] for name in ("id", "text", "data")})
+            parts.append(input_text(f"The person's message names this as @{tag['text']}:\n{about}"))
+    for file in item.get("attachments") or []:
+        readable = newest or not item.get("unread")
+        part = file_input(file, row["files"].get(file["id"], b"")) if readable else None
         if part is None and newest:
             raise UnreadableFile(f"The model cannot read {file['name']} ({file['mime_type']}).")
-        lost = f"(The person attached {file['name']}, which the model cannot read.)"
-        parts.append(part or {"type": "input_text", "text": lost})
-    parts.append({"type": "input_text", "text": row["content"] or "(The person sent this without words.)"})
-    return parts
+        told = f"(The person attached {file['name']}, which the model cannot read.)"
+        parts.append(part or input_text(told))
+    words = row["content"] or "(The person sent this without words.)"
+    return {"role": "user", "content": [*parts, input_text(words)] if parts else words}
 
 
-def _file_part(file: Row, data: bytes) -> Row | None:
+def context_input(text: str) -> Row:
+    """What the model should know and nobody said: an item of its own, apart from the person's words."""
+    return {"role": "user", "content": f"<context>\n{text}\n</context>"}
+
+
+def input_text(text: str) -> Row:
+    return {"type": "input_text", "text": text}
+
+
+def user_item(row: Row, base: str) -> Row:
+    kept = {name: part for name, part in (row["item"] or {}).items() if name != "unread"}
+    data, thread_id = row.get("files", {}), str(row["conversation_id"])
+    files = [attachment_json(file, base, data.get(file["id"])) for file in kept.get("attachments") or []]
+    kept["attachments"] = [{**file, "thread_id": thread_id} for file in files]
+    text = [input_text(row["content"])] if row["content"] else []
+    return {"type": "user_message", "content": text, "inference_options": {}, **kept}
+
+
+# ---- what the agent said
+
+
+def output_text(text: str, annotations: Sequence[Row] = ()) -> Row:
+    return {"annotations": list(annotations), "text": text, "type": "output_text"}
+
+
+def annotation_json(given: Any) -> Row | None:
+    """A citation of the Responses API as ChatKit's annotation; None for one of an unknown spelling."""
+    given = given if isinstance(given, dict) else getattr(given, "__dict__", {})
+    kind = given.get("type")
+    if kind == "url_citation" and isinstance(given.get("url"), str):
+        source = source_json("url", given["url"], given.get("title"))
+    elif kind in ("file_citation", "container_file_citation") and given.get("filename"):
+        source = source_json("file", given["filename"])
+    else:
+        return None
+    index = given.get("end_index", given.get("index"))
+    return {"type": "annotation", "source": source, **({"index": index} if isinstance(index, int) else {})}
+
+
+def source_json(kind: Literal["url", "file"], name: Any, title: Any = None) -> Row:
+    return {"type": kind, "url" if kind == "url" else "filename": str(name), "title": str(title or name)}
+
+
+# ---- a tool's call and its result
+
+
+def tool_texts(row: Row) -> list[str]:
+    """A call's arguments and its result, where there are any."""
+    arguments = row["tool_calls"][0]["args"]
+    return [text for text in (arguments and to_json(arguments), row["content"]) if text]
+
+
+def tool_item(row: Row) -> Row:
+    indicator = {"streaming": "loading", "pending": "loading", "done": "complete"}.get(row["status"], "none")
+    told = {"content": "\n".join(tool_texts(row))} if tool_texts(row) else {}
+    return task_item(indicator, title=row["tool_calls"][0]["name"], **told)
+
+
+def task_item(indicator: str, **task: Any) -> Row:
+    return {"type": "task", "task": {"type": "custom", "status_indicator": indicator, **task}}
+
+
+def hosted_item(raw: Row, status: str) -> Row:
+    """A call of a tool on the provider's side, such as a web search, as one of ChatKit's tasks.
+
+    `raw` is the item of the Responses API: openai.types.responses has the types.
+    """
+    kind, action = raw["type"].removesuffix("_call"), raw.get("action") or {}
+    indicator = "loading" if status == "streaming" else "complete"
+    if kind == "web_search":
+        asked = action.get("queries") or [action.get(name) for name in ("query", "url", "pattern")]
+        queries = [text for text in asked if text]
+        sources = [source_json("url", each["url"]) for each in action.get("sources") or [] if each.get("url")]
+        return task_item(indicator, type=kind, queries=queries, sources=sources)
+    if kind == "file_search":
+        names = [result.get("filename") or result.get("file_id") for result in raw.get("results") or []]
+        sources = [source_json("file", name) for name in dict.fromkeys(names)]
+        return task_item(indicator, type="file", title=", ".join(raw.get("queries") or []), sources=sources)
+    told = [raw.get("code"), *(output.get("logs") for output in raw.get("outputs") or [])]
+    rest = {name: raw[name] for name in ("arguments", "action", "output", "error") if raw.get(name)}
+    told.append(re.sub('"data:[^"]*"', '"..."', to_json(rest)) if rest else "")  # no pictures' bytes
+    content = "\n\n".join(code_block(str(text)) for text in told if text)
+    title = raw.get("name") or kind.replace("_", " ").capitalize()
+    return task_item(indicator, title=title, content=content)
+
+
+# ---- what only ChatKit has a word for
+
+
+def shown_item(row: Row, base: str) -> Row:
+    """An item as it was given; but what waited for the person's side may have been overtaken."""
+    item: Row = row["item"]
+    if item.get("status") == "pending" and row["status"] != "pending":
+        if item["type"] == "structured_input":
+            return {**item, "status": "skipped"}
+        return task_item("none", title=f"{item.get('name', 'The call')} was not answered")
+    image = item.get("image")
+    if item["type"] == "generated_image" and image and image["url"].startswith("/attachments/"):
+        return {**item, "image": {**image, "url": base + image["url"]}}
+    return item
+
+
+def item_text(item: Row) -> str:
+    """The plain words of a thread item that somebody streams: searched, copied, and told to plain readers."""
+    if item["type"] in ("assistant_message", "user_message"):
+        return "".join(str(part.get("text", "")) for part in item.get("content") or [])
+    if item["type"] == "workflow":
+        parts = [item["workflow"].get("summary") or {}, *(item["workflow"].get("tasks") or [])]
+        return "\n".join(part["title"] for part in parts if part.get("title"))
+    if item["type"] == "task":
+        return "\n".join(filter(None, (item["task"].get("title"), item["task"].get("content"))))
+    return str(item.get("copy_text") or "")
+
+
+def thought_item(text: str, seconds: int | None = None) -> Row:
+    """A summary of the model's reasoning, which the model itself is not shown again."""
+    indicator = "loading" if seconds is None else "complete"
+    thought = {"type": "thought", "content": text, "status_indicator": indicator}
+    summary = {} if seconds is None else {"summary": {"duration": seconds}}
+    workflow = {"type": "reasoning", "tasks": [thought] if text else [], "expanded": False, **summary}
+    return {"type": "workflow", "workflow": workflow}
+
+
+def approval_item(calls: list[Row]) -> Row:
+    """One question for each tool call that needs the person's approval."""
+    inputs = []
+    for call in calls:
+        options = [{"value": f"{choice} {call['name']}"} for choice in ("Approve", "Reject")]
+        question = f"Run {call['name']} with {to_json(call['args'])}?"
+        asked = {"type": "multiple_choice", "id": call["id"], "question": question, "multiple": False}
+        inputs.append({**asked, "options": options})
+    return {"type": "structured_input", "status": "pending", "inputs": inputs}
+
+
+def answered_item(item: Row, status: str, answers: dict[str, Row]) -> Row:
+    """Questions with what the person answered: others are ignored, a single choice keeps the first."""
+    inputs = []
+    for question in item["inputs"]:
+        given = answers.get(question["id"], {})
+        values = [] if status == "skipped" or given.get("skipped") else given.get("values", [])
+        if question["type"] == "multiple_choice" and not question.get("multiple"):
+            values = values[:1]
+        inputs.append({**question, "answer": {"values": values, "skipped": not values}})
+    return {**item, "status": status, "inputs": inputs}
+
+
+def answers_told(item: Row) -> list[Row]:
+    """Answered questions as the model is told them."""
+    return [{"question": question["question"], **question["answer"]} for question in item["inputs"]]
+
+
+def handed_over_item(call: Row, asked: ClientTool | Questions) -> Row:
+    """What the person's side is to do in place of a tool."""
+    if isinstance(asked, Questions):
+        return {"type": "structured_input", "status": "pending", "inputs": asked.inputs}
+    item = {"type": "client_tool_call", "status": "pending", "call_id": call["id"]}
+    return {**item, "name": asked.name, "arguments": asked.arguments}
+
+
+# ====================================================================================================== Files
+# What a person attaches, as the model and as ChatKit see it.
+
+
+async def with_files(store: Store, user_id: str, rows: list[Row], kind: str = "") -> list[Row]:
+    """Rows whose `files` are the bytes of what is attached to them, by its id; `kind` may be "image/"."""
+    attached = [file for row in rows for file in (row["item"] or {}).get("attachments") or []]
+    ids = [file["id"] for file in attached if file["mime_type"].startswith(kind)]
+    files = await store.attachment_data(user_id, ids) if ids else {}
+    return [{**row, "files": files} for row in rows]
+
+
+def file_input(file: Row, data: bytes) -> Row | None:
     """A file as the model is given it: an image, a PDF or a text; None for what is neither."""
     mime_type = file["mime_type"]
-    url = f"data:{mime_type};base64,{base64.b64encode(data).decode()}"
     if mime_type in ("image/png", "image/jpeg", "image/gif", "image/webp"):
-        return {"type": "input_image", "image_url": url, "detail": "auto"}
+        return {"type": "input_image", "image_url": data_url(mime_type, data), "detail": "auto"}
     if mime_type == "application/pdf":
-        return {"type": "input_file", "filename": file["name"], "file_data": url}
+        return {"type": "input_file", "filename": file["name"], "file_data": data_url(mime_type, data)}
     try:
         text = data.decode()
     except UnicodeDecodeError:
         return None
     if "\0" in text or mime_type.startswith(("image/", "audio/", "video/")):
         return None
-    name = json.dumps(file["name"], ensure_ascii=False)
-    return {"type": "input_text", "text": f"The person attached the file {name}:\n<file>\n{text}\n</file>"}
+    return input_text(f"The person attached the file {to_json(file['name'])}:\n<file>\n{text}\n</file>")
 
 
-# ============================================================================================================ Turn
-# Answering one message: the agent runs, what happens is written down and becomes events, and readers follow those.
-#
-# Events are plain dicts; their types and fields are those of the plain dialect, which the README lists. One more is
-# for the ChatKit dialect alone: {"type": "item", "change": "added" | "done" | "replaced", "row": Row}, a stored item
-# that begins to grow, is final, or was changed.
+def attachment_json(file: Row, base: str, preview: bytes | None = None, *, upload: bool = False) -> Row:
+    """An attachment; with `upload`, where its bytes are to be sent.
+
+    The component's page is on https and may load no image from http: so it gets its bytes, the `preview`.
+    """
+    url = f"{base}/attachments/{file['id']}?key={file['key']}"
+    attachment = {"id": file["id"], "name": file["name"], "mime_type": file["mime_type"], "type": "file"}
+    if upload:
+        attachment["upload_descriptor"] = {"url": url, "method": "POST", "headers": {}}
+    if file["mime_type"].startswith("image/"):
+        attachment |= {"type": "image", "preview_url": url}
+        if preview and not base.startswith("https:"):
+            attachment["preview_url"] = data_url(file["mime_type"], preview)
+    return attachment
+
+
+def data_url(mime_type: str, data: bytes) -> str:
+    return f"data:{mime_type};base64,{base64.b64encode(data).decode()}"
+
+
+# ======================================================================================================= Turn
+# Answering one message, in a task of its own: what happens is written down and becomes events, and readers
+# follow those. ChatKit's events are the protocol's, but that a stored item stands in them as its row:
+# {"type": "thread.item.added", ".done" or ".replaced", "row": Row}. Ours are `thread`, `thinking`, `text`,
+# `tool_call`, `tool_result`, `error` and `done`, as in the README. Both dialects are made of these.
+
+Event = Row
 
 SAVE_EVERY = 0.4  # seconds that text may be on a screen and not yet in the file
 STOP_WITHIN = 1.0  # seconds that a stopped model or tool has to let go
-
+ITEM_EVENTS = ("thread.item.added", "thread.item.done", "thread.item.replaced")
 STOPPED = "The person stopped the answer above before it was complete. Do not go on with it unless they ask."
 
-# Why a turn was stopped: the error that readers are told, if any; the status of `done`; the status of what was said.
-STOP_REASONS: dict[str, tuple[tuple[str, str, bool] | None, str, str]] = {
-    "cancelled": (None, "cancelled", "cancelled"),
-    "deleted": (None, "cancelled", "cancelled"),
-    "timeout": (("timeout", "The answer took too long.", True), "failed", "failed"),
-    "shutdown": (("shutdown", "The server is being stopped. What was said so far is kept.", True), "failed",
-                 "interrupted"),
-}  # fmt: skip
+
+class Ending(NamedTuple):
+    """How a turn ends: the status that readers are told, that of rows which were growing, and why."""
+
+    status: str
+    row_status: str
+    error: Row | None = None
 
 
-class Draft:
-    """A row whose text is still growing; Chat.save_soon() keeps the file at most SAVE_EVERY behind."""
-
-    def __init__(self, turn: Turn, row: Row) -> None:
-        self.turn = turn
-        self.row = row
-        self.id: int = row["id"]
-        self.closed = False
-        self._parts: list[str] = []
-        self._held = ""  # the first half of a character that a provider cut in two
-
-    def add(self, delta: str) -> str:
-        """Take a delta; what of it can be shown comes back."""
-        if self._held or not _is_unicode(delta):
-            delta, self._held = _mend(self._held + delta)
-        if delta:
-            self._parts.append(delta)
-            if self not in self.turn.chat.unsaved:
-                self.turn.chat.save_soon(self)
-        return delta
-
-    @property
-    def text(self) -> str:
-        text = "".join(self._parts)
-        self._parts = [text]
-        return text
-
-    async def close(self, status: str) -> Row:
-        """The final row, saved. Raises sqlite3.Error or StoreError."""
-        self.closed = True
-        self.turn.chat.unsaved.discard(self)
-        store, user_id = self.turn.chat.store, self.turn.user_id
-        row = await patiently(lambda: store.update_message(user_id, self.id, content=self.text, status=status))
-        return row or {**self.row, "content": self.text, "status": status}  # None: the conversation was deleted
+def reason_json(code: str, message: str, allow_retry: bool = True) -> Row:
+    """Why an answer failed, in words that are safe to show."""
+    return {"code": code, "message": message, "allow_retry": allow_retry}
 
 
-async def patiently(write: Callable[[], Awaitable[Any]]) -> Any:
-    """A write that must not be lost: another program's lock is waited out for up to half a minute, then it raises."""
+SHUTDOWN = "The server is being stopped. What was said so far is kept."
+ENDINGS = {
+    "completed": Ending("completed", "done"),
+    "cancelled": Ending("cancelled", "cancelled"),
+    "deleted": Ending("cancelled", "cancelled"),
+    "timeout": Ending("failed", "failed", reason_json("timeout", "The answer took too long.")),
+    "shutdown": Ending("failed", "interrupted", reason_json("shutdown", SHUTDOWN)),
+}
+
+
+async def patiently(write: Callable[[], Awaitable[T]]) -> T:
+    """A write that must not be lost: another program's lock is waited out for up to half a minute."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -1776,95 +2060,84 @@ async def patiently(write: Callable[[], Awaitable[Any]]) -> Any:
 class Turn:
     """One answer being made, in a task of its own; it goes on whether anybody follows or not.
 
-    `events` is what happened so far, and grows until `finished`.
+    `events` is what happened so far, and grows until `phase` is "over".
     """
 
-    def __init__(self, chat: Chat, user_id: str, conversation: Row, locale: str = "en") -> None:
+    def __init__(self, chat: Chat, caller: Caller) -> None:
         self.chat = chat
+        self.caller = caller
         self.id = secrets.token_hex(4)
-        self.user_id = user_id
+        self.user_id = caller.user_id
+        self.phase: Literal["new", "working", "ending", "over"] = "new"
+        self.reason: str | None = None  # a key of ENDINGS, where it was stopped
+        self.events: list[Event] = []
+        self.conversation: Row | None = None
+        self.user_message: Row | None = None  # what it answers
+        self.is_first = False  # nothing that was asked before can still wait for the person
+        self.model: str | None = None  # what that message asked for; None is the default
+        self.run: Run | None = None
+        self.agent_name: str | None = None  # who had the last word, where it is not the first agent
+        self.last_message_id: int | None = None
+        self.draft: Draft | None = None  # what the model is saying
+        self.calls: dict[str, Row] = {}  # tool rows without a result, by call id
+        self.row_ids: list[int] = []  # of all that this turn stored
+        self.names: dict[str, int] = {}  # the rows of items, by the ids that those who streamed them made up
+        self.shown = False  # something other than the model's text was
+        self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+
+    def enter(self, conversation: Row) -> None:
+        """The conversation that it is in, known before anything else can happen."""
         self.conversation = conversation
         self.conversation_id: int = conversation["id"]
-        self.context = TurnContext(user_id, self.conversation_id, chat.store, self.emit, locale)
-        self.user_message: Row | None = None  # what it answers
-        self.model: str | None = None  # what that message asked for; None is the default
-        self.tool_choice: str | None = None
-        self.events: list[Event] = []
-        self.finished = False
-        self.usage = {"input_tokens": 0, "output_tokens": 0}
-        self.last_message_id: int | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._working = False  # not yet putting things away
-        self._waiting: list[asyncio.Future[None]] = []
-        self._stopped: str | None = None  # a key of STOP_REASONS
-        self._run: RunResultStreaming | None = None
-        self._draft: Draft | None = None
-        self._calls: dict[str, Row] = {}  # tool rows without a result, by call id
-        self._announcing = asyncio.Lock()
-        self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
-        self._step = 0  # of the model's responses in this turn
-        self._step_open = False
-        self._messages_seen = 0  # messages of this step that came as deltas
-        self._messages_done = 0
-        self._answered = False  # something was said since the last tool result
-        self._shown = False  # a widget was
-        self._unread = False  # the model would not take the message's files
+        self.agent_name = conversation["agent"]
+        thread, store = thread_of(conversation), self.chat.store
+        self.context = TurnContext(self.user_id, conversation["id"], thread, store, self)
+        self.context.locale, self.context.request_context = self.caller.locale, self.caller.request_context
+        self.emit({"type": "thread", "thread_id": self.conversation_id, "title": conversation["title"]})
 
     # ---- events and those who follow them
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
-        if event["type"] == "widget":
-            self._shown = True
-        if self._waiting:
-            self.wake()
+        self._news.set()
+
+    def show(self, change: str, row: Row) -> None:
+        """Tell of a stored item; `change` is one of ITEM_EVENTS."""
+        self.emit({"type": change, "row": row})
+
+    def update(self, row_id: int, kind: str, **parts: Any) -> None:
+        """Tell how an item grows; `kind` and `parts` are one of the protocol's updates."""
+        self.emit({"type": "thread.item.updated", "item_id": str(row_id), "update": {"type": kind, **parts}})
 
     async def wait_beyond(self, seen: int) -> None:
-        """Return when there may be more than `seen` events, or it has finished; sometimes for nothing."""
-        if len(self.events) <= seen and not self.finished:
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(future)
-            await future
+        """Return when there may be more than `seen` events, or it is over; sometimes for nothing."""
+        if len(self.events) <= seen and self.phase != "over":
+            self._news.clear()
+            await self._news.wait()
 
-    def wake(self, *_: object) -> None:
+    def wake(self) -> None:
         """Have everybody who waits look again."""
-        for future in self._waiting:
-            if not future.done():
-                future.set_result(None)
-        self._waiting.clear()
-
-    async def follow(self) -> AsyncIterator[Event]:
-        """All events from the first to `done`, as they happen."""
-        seen = 0
-        while not (self.finished and seen == len(self.events)):
-            await self.wait_beyond(seen)
-            for event in self.events[seen:]:
-                seen += 1
-                if event["type"] != "item":
-                    yield event
+        self._news.set()
 
     # ---- its life
 
     def start(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Begin; `work` does what this turn is for, `answer` mostly."""
-        self._task = asyncio.get_running_loop().create_task(self._live(work), name=f"turn {self.conversation_id}")
+        """Begin; `work` does what this turn is for."""
+        self._task = asyncio.create_task(self._live(work), name=f"turn {self.conversation_id}")
 
     def stop(self, reason: str) -> None:
-        """Have it end soon, with what it has; `reason` is one of STOP_REASONS. The first reason counts."""
-        if self._stopped or self.finished:
+        """Have it end soon, with what it has; `reason` is one of ENDINGS. The first reason counts."""
+        if self.reason or self.phase in ("ending", "over"):
             return
-        self._stopped = reason
-        if self._run is not None:
-            self._run.cancel()  # closes the model's connection, and ends stream_events() without an error
+        self.reason = reason
+        if self.run is not None and self.run.result is not None:
+            self.run.result.cancel()  # closes the model's connection; stream_events() ends without an error
         if self._task is not None:
             asyncio.get_running_loop().call_later(STOP_WITHIN, self._insist)
 
-    @property
-    def stopping(self) -> bool:
-        return self._stopped is not None
-
     def _insist(self) -> None:
-        if self._working and self._task is not None:
+        if self.phase in ("new", "working") and self._task is not None:
             self._task.cancel()
 
     async def wait(self) -> None:
@@ -1873,295 +2146,198 @@ class Turn:
             await asyncio.wait([self._task])
 
     async def _live(self, work: Callable[[], Awaitable[None]]) -> None:
-        began = time.monotonic()
+        began, failure = time.monotonic(), None
         timer = asyncio.get_running_loop().call_later(self.chat.settings.turn_timeout, self.stop, "timeout")
-        error: tuple[str, str, bool] | None = None
-        status, row_status = "completed", "done"
-        self.emit({"type": "thread", "thread_id": self.conversation_id, "title": self.conversation["title"]})
         try:
-            if self._stopped is None:
-                self._working = True
+            if self.reason is None:
+                self.phase = "working"
                 await work()
+                await self.keep_thread()
         except asyncio.CancelledError:
-            self._stopped = self._stopped or "shutdown"  # the event loop itself is closing
-        except Exception as exception:
-            if self._stopped is None:
-                error, status, row_status = explain(exception), "failed", "failed"
-                self.chat.log_exception(f"thread {self.conversation_id}: the turn failed", exception)
-                if error[0] == "refused" and self.user_message and self.user_message["extra"].get("attachments"):
-                    error = (
-                        error[0],
-                        "The model's provider refused the request, perhaps for the attached files.",
-                        False,
-                    )
-                    self._unread = True
-        self._working = False
+            self.reason = self.reason or "shutdown"  # the event loop itself is closing
+        except (Exception, SystemExit) as error:
+            failure = error
+        self.phase = "ending"
         timer.cancel()
-        reason = self._stopped  # one that comes later comes too late
-        if reason is not None:
-            error, status, row_status = STOP_REASONS[reason]
         try:
-            await self._put_away(row_status, reason)
-        except (sqlite3.Error, StoreError) as exception:
-            self.chat.log_exception(f"thread {self.conversation_id}: the answer could not be saved", exception)
-            error, status = explain(exception), "failed"
+            ending = await self._put_away(failure)
+        except (sqlite3.Error, StoreError) as error:
+            self.chat.log_failure(f"thread {self.conversation_id}: the answer could not be saved", error)
+            ending = Ending("failed", "failed", explain(error))
         # From here to the end nothing waits: whoever reads `done` can send the next message at once.
         self.chat.forget(self)
-        if error is not None:
-            self.emit({"type": "error", "message": error[1], "code": error[0], "allow_retry": error[2]})
-        self.emit(
-            {
-                "type": "done",
-                "status": status,
-                "thread_id": self.conversation_id,
-                "message_id": self.last_message_id,
-                "usage": self.usage,
-            }
-        )
-        self.finished = True
+        if ending.error is not None:
+            self.emit({"type": "error", **ending.error})
+        usage = self.run.result.context_wrapper.usage if self.run and self.run.result else Usage()
+        tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+        done = {"type": "done", "status": ending.status, "thread_id": self.conversation_id}
+        self.emit({**done, "message_id": self.last_message_id, "usage": tokens})
+        self.phase = "over"
         self.wake()
         log.info(
             "turn user=%s thread=%d model=%s in=%d out=%d %.2fs %s",
             printable(self.user_id),
             self.conversation_id,
-            self.model or self.chat.model_name,
-            self.usage["input_tokens"],
-            self.usage["output_tokens"],
+            self.model or self.chat.agents.model_name,
+            *tokens.values(),
             time.monotonic() - began,
-            status if error is None else f"{status} ({error[0]})",
+            ending.status if ending.error is None else f"{ending.status} ({ending.error['code']})",
         )
 
-    async def _put_away(self, row_status: str, reason: str | None) -> None:
-        """Leave nothing half-written: what was growing, tools that were running, a note about the stop."""
-        if self._run is not None:
-            usage = self._run.context_wrapper.usage
-            self.usage = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        if reason == "deleted":
-            if self._draft is not None:
-                draft, self._draft = self._draft, None
-                await draft.close(row_status)
+    async def _put_away(self, failure: BaseException | None) -> Ending:
+        """Leave nothing half-written: what was growing, tools that ran, the reason, who spoke last."""
+        ending = ENDINGS[self.reason or "completed"]
+        if failure is not None and self.reason is None:
+            ending = await self._explain(failure)
+        store, user_id = self.chat.store, self.user_id
+        if self.reason == "deleted":
+            return ending
+        if self.draft is not None:
+            await self.draft.close(ending.row_status)
+        if ending.status != "completed":
+            unfinished = {row["id"] for row in self.calls.values()} | set(self.names.values())
+            ids = ([self.user_message["id"]] if self.user_message else []) + self.row_ids
+            end = functools.partial(store.end_messages, user_id, ids, ending.row_status, ending.error)
+            for row in await patiently(end):
+                if row["id"] in unfinished:
+                    self.show("thread.item.done", row)
+        if self.reason == "cancelled" and (self.user_message or self.run):  # an action is no answer
+            await self.add_row("system", content=STOPPED)
+        if self.conversation and self.agent_name != self.conversation["agent"]:
+            await store.update_conversation(user_id, self.conversation_id, agent=self.agent_name)
+        return ending
+
+    async def _explain(self, failure: BaseException) -> Ending:
+        """What a failure means for the person, and for what was said before it."""
+        self.chat.log_failure(f"thread {self.conversation_id}: the turn failed", failure)
+        reason, message = explain(failure), self.user_message
+        item = (message or {}).get("item") or {}
+        if message and reason["code"] == "refused" and item.get("attachments"):
+            reason["message"] = "The model's provider refused the request, perhaps for the attached files."
+            item = {**item, "unread": True}  # so that the next message is not refused for them too
+            await self.chat.store.update_message(self.user_id, message["id"], item=item)
+        if isinstance(failure, OutputGuardrailTripwireTriggered) and self.run is not None:
+            self.draft = None
+            await self.remove_rows(self.run.final_rows)
+        blocked = isinstance(failure, InputGuardrailTripwireTriggered)
+        return Ending("failed", "blocked" if blocked else "failed", reason)
+
+    # ---- what it is for
+
+    def answer(self, user_message: Row, *, is_first: bool) -> None:
+        """Begin to have the agent answer a message."""
+        self.user_message, self.is_first = user_message, is_first
+        self.take_choices(user_message)
+        self.start(functools.partial(speak, self))
+
+    def take_choices(self, user_message: Row) -> None:
+        """The model, and the tool or mode, that were chosen for a message."""
+        options = (user_message["item"] or {}).get("inference_options") or {}
+        self.model = options.get("model")
+        self.context.tool_choice = (options.get("tool_choice") or {}).get("id")
+
+    async def answer_now(self) -> None:
+        """Have the agent speak in this turn, an action's. Raises Refused while it is speaking already."""
+        if self.chat.answering.get(self.conversation_id) is self:
+            raise RuntimeError("answer() is for action handlers: the agent is speaking already")
+        self.chat.enter(self, cast(Row, self.conversation))
+        await speak(self)
+
+    async def end_waiting(self) -> None:
+        """What the person's side was asked for and did not give: nobody waits for it any more."""
+        if not self.is_first:
+            for row in await self.chat.store.end_unfinished(self.user_id, self.conversation_id):
+                self.show("thread.item.replaced", row)
+
+    async def keep_thread(self) -> None:
+        """Store what a tool changed of the conversation, and tell the readers."""
+        thread = self.context.thread
+        status = json_copy({"type": thread.status} if isinstance(thread.status, str) else thread.status)
+        if replace(thread, status=status) == thread_of(cast(Row, self.conversation)):
             return
-        await self._close_draft(row_status)
-        store = self.chat.store
-        ended = await patiently(lambda: store.end_streaming(self.user_id, self.conversation_id, row_status))
-        for row in ended:
-            self.emit({"type": "item", "change": "done", "row": row})
-        if self._unread and self.user_message is not None:  # so that the next message is not refused for them too
-            extra = {**self.user_message["extra"], "unread": True}
-            await store.update_message(self.user_id, self.user_message["id"], extra=extra)
-        if reason == "cancelled" and (self.user_message or self._run):  # an action is no answer
-            await patiently(lambda: store.add_message(self.user_id, self.conversation_id, "system", STOPPED))
+        if status.get("type") not in ("active", "locked", "closed"):
+            raise ValueError("a conversation is active, locked or closed")
+        changes = {"title": str(thread.title).strip()[:200], "metadata": json_copy(thread.metadata)}
+        changes |= {"status": status["type"], "status_reason": status.get("reason")}
+        await self.chat.change_conversation(self.user_id, self.conversation_id, **changes)
 
-    # ---- the agent's run
+    def thread_changed(self, conversation: Row) -> None:
+        """Somebody renamed, locked or annotated the conversation, this turn or another reader."""
+        self.conversation = conversation
+        vars(self.context.thread).update(vars(thread_of(conversation)))
+        self.emit({"type": "thread.updated", "conversation": conversation})
 
-    async def answer(self) -> None:
-        """Run the agent on what the conversation holds, and turn what the SDK reports into rows and events."""
-        chat = self.chat
-        self.emit({"type": "thinking", "content": ""})
-        settings = chat.settings
-        rows = await chat.store.history(self.user_id, self.conversation_id, settings.history_limit + 1)
-        cut = len(rows) > settings.history_limit
-        rows = rows[1:] if cut else rows
-        with_files = [row["id"] for row in rows if row["extra"].get("attachments")]
-        files = await chat.store.attachment_data(self.user_id, with_files) if with_files else {}
-        self._run = run = Runner.run_streamed(
-            chat.agent,
-            model_input(rows, cut, files),
-            context=self.context,
-            max_turns=settings.max_steps,
-            hooks=ToolHooks(self),
-            run_config=chat.run_config(self.model, self.tool_choice),
-        )
-        if self._stopped:
-            run.cancel()
-        stream = cast(AsyncGenerator[StreamEvent, None], run.stream_events())
-        running = run.run_loop_task
-        try:
-            while True:
-                self._idle.set()
-                if running is not None and running.done():
-                    self._keep_what_was_said(running)
-                try:
-                    event = await stream.__anext__()
-                except StopAsyncIteration:
-                    break
-                self._idle.clear()
-                if event.type == "raw_response_event":
-                    if event.data.type == "response.output_text.delta":  # the hot path: one of these a token
-                        if not event.data.delta:
-                            continue
-                        if self._draft is None or self._draft.row["role"] != "assistant":
-                            await self._open_draft("assistant", event.data.delta)
-                        draft = cast(Draft, self._draft)
-                        delta = draft.add(event.data.delta)
-                        if delta:
-                            self.emit({"type": "text", "content": delta, "message_id": draft.id})
-                    else:
-                        await self._take_raw(event.data)
-                elif event.type == "run_item_stream_event":
-                    await self._take_item(event.name, event.item)
-        finally:
-            self._idle.set()
-            await stream.aclose()
-        if self._stopped is None:
-            await self._close_draft("done")
-            await self._conclude(run.final_output)
+    # ---- rows
 
-    @staticmethod
-    def _keep_what_was_said(running: asyncio.Task[Any]) -> None:
-        """The SDK raises a failure ahead of the deltas that came before it, and drops those; unless it is marked."""
-        error = None if running.cancelled() else running.exception()
-        if error is not None:
-            _mark_error_to_drain_stream_events(error)
+    async def add_row(self, role: str, change: str | None = None, **columns: Any) -> Row:
+        """A new item of the conversation; readers are told if `change` is one of ITEM_EVENTS.
 
-    async def _take_raw(self, data: Any) -> None:
-        """What a model's response says beside its text."""
-        if not self._step_open:
-            self._step_open = True
-            self._step += 1
-            self._messages_seen = self._messages_done = 0
-        kind = data.type
-        if kind == "response.refusal.delta":
-            await self._say("assistant", data.delta)
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            await self._say("reasoning", data.delta)
-        elif kind == "response.reasoning_summary_part.added" and self._draft is not None and self._draft.text:
-            await self._say("reasoning", "\n\n")
-        elif kind == "response.output_item.done" and data.item.type in ("message", "reasoning"):
-            if data.item.type == "message" or (self._draft is not None and self._draft.row["role"] == "reasoning"):
-                await self._close_draft("done")
-        elif kind in ("response.completed", "response.incomplete"):
-            await self._close_draft("done")
-
-    async def _take_item(self, name: str, item: Any) -> None:
-        """What the runner made of a response: messages, tool calls and their results."""
-        if name == "message_output_created":
-            self._messages_done += 1
-            if self._messages_done > self._messages_seen:  # a model that streams no deltas
-                text = ItemHelpers.text_message_output(item)
-                if text:
-                    await self._say("assistant", text)
-            await self._close_draft("done")
-        elif name == "tool_called":
-            raw = item.raw_item
-            call_id = getattr(raw, "call_id", None) or getattr(raw, "id", None) or "call_" + secrets.token_hex(8)
-            if getattr(raw, "type", "") == "function_call":
-                await self.announce(call_id, raw.name, raw.arguments, getattr(raw, "provider_data", None))
-            else:  # a tool on the provider's side, such as a web search: done by the time we hear of it
-                await self.announce(call_id, getattr(raw, "name", None) or str(raw.type).removesuffix("_call"), "{}")
-                await self._end_call(call_id, "", hosted=True)
-        elif name == "tool_output":
-            raw = item.raw_item
-            call_id = raw.get("call_id") if isinstance(raw, dict) else getattr(raw, "call_id", None)
-            await self._end_call(call_id or "", item.output)
-
-    async def _say(self, role: str, text: str) -> None:
-        if self._draft is None or self._draft.row["role"] != role:
-            await self._open_draft(role, text)
-        draft = cast(Draft, self._draft)
-        text = draft.add(text)
-        if text and role == "assistant":
-            self.emit({"type": "text", "content": text, "message_id": draft.id})
-        elif text:
-            self.emit({"type": "thinking", "content": text})
-
-    async def _open_draft(self, role: str, text: str) -> None:
-        """A row that begins with `text`. Its id is ours: most models call every message `__fake_id__`."""
-        await self._close_draft("done")
-        self._step_open = True
-        row = await self._add_row(role, content=text if _is_unicode(text) else "", status="streaming")
-        self._draft = Draft(self, row)
-        if role == "assistant":
-            self._messages_seen += 1
-            self.last_message_id = row["id"]
-            self._answered = True
-        self.emit({"type": "item", "change": "added", "row": row})
-
-    async def _close_draft(self, status: str) -> None:
-        if self._draft is not None:
-            draft, self._draft = self._draft, None
-            self.emit({"type": "item", "change": "done", "row": await draft.close(status)})
-
-    async def _add_row(self, role: str, **columns: Any) -> Row:
-        store = self.chat.store
-        row = await patiently(lambda: store.add_message(self.user_id, self.conversation_id, role, **columns))
+        Raises LookupError where the conversation was deleted.
+        """
+        add = self.chat.store.add_message
+        row = await patiently(lambda: add(self.user_id, self.conversation_id, role, **columns))
         if row is None:
             raise LookupError("the conversation was deleted")
-        return cast(Row, row)
+        self.row_ids.append(row["id"])
+        if change is not None:
+            self.show(change, row)
+        return row
 
-    async def announce(self, call_id: str, name: str, arguments: str, provider_data: Row | None = None) -> None:
-        """Write down and report a tool call, once. `provider_data` is the SDK's: Gemini's signature of the call."""
-        async with self._announcing:
-            if call_id in self._calls:
-                return
-            await self._close_draft("done")
-            call = {"id": call_id, "name": name, "args": _object(arguments or "{}")}
-            extra: Row = {"group": f"{self.id}-{self._step}"}
-            if provider_data and provider_data.keys() - {"model", "response_id"}:
-                extra["provider_data"] = provider_data
-            row = await self._add_row("tool", tool_calls=[call], status="streaming", extra=extra)
-            self._calls[call_id] = row
-            self.emit({"type": "tool_call", **call})
-
-    async def caught_up(self) -> None:
-        """Until all that the model said has been dealt with, so that what a tool emits comes after it."""
-        while not self._idle.is_set():
-            await self._idle.wait()
-
-    async def _end_call(self, call_id: str, output: Any, hosted: bool = False) -> None:
-        """A tool's result; or what it waits for, if it handed the work to the person's side."""
-        row = self._calls.pop(call_id, None)
-        if row is None:
-            return
-        self._step_open = self._answered = False
-        call, extra = row["tool_calls"][0], row["extra"]
-        store, user_id = self.chat.store, self.user_id
-        if isinstance(output, (ClientTool, Questions)):
-            asked = {"client": {"name": output.name, "arguments": output.arguments}} if isinstance(
-                output, ClientTool
-            ) else {"inputs": output.inputs}  # fmt: skip
-            role = "tool" if isinstance(output, ClientTool) else "input"
-            row = await store.update_message(user_id, row["id"], role=role, status="pending", extra={**extra, **asked})
-            if row is not None:
-                self._answered = True
-                if isinstance(output, ClientTool):
-                    self.emit({"type": "client_tool", "id": call["id"], "name": output.name, "args": output.arguments})
-                else:
-                    self.emit({"type": "input", "id": row["id"], "inputs": output.inputs})
-                self.emit({"type": "item", "change": "done", "row": row})
-            return
-        if hosted:
-            extra = {**extra, "hosted": True}
-        text = output if isinstance(output, str) else _jsonable_text(output)
-        text = _mend(text)[0] if not _is_unicode(text) else text
-        row = await patiently(
-            lambda: store.update_message(user_id, row["id"], content=text, status="done", extra=extra)
-        )
-        self.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": _value(text)})
+    async def change_row(self, row_id: int, change: str = "thread.item.done", **columns: Any) -> Row | None:
+        """An item becomes something else, and readers are told."""
+        row = await patiently(lambda: self.chat.store.update_message(self.user_id, row_id, **columns))
         if row is not None:
-            self.emit({"type": "item", "change": "done", "row": row})
+            self.show(change, row)
+        return row
 
-    def hand_over(self) -> None:
-        """End the run after this step: a tool has asked the person's side for something."""
-        if self._run is not None:
-            self._run.cancel(mode="after_turn")
+    async def find_row(self, item_id: Any) -> Row:
+        """The row of an item, by its id or by what somebody made up for it. Raises LookupError."""
+        row_id = self.names.get(str(item_id)) or as_row_id(item_id)
+        row = await self.chat.store.message(self.user_id, self.conversation_id, row_id or 0)
+        if row is None:
+            raise LookupError(f"there is no item {item_id} in this conversation")
+        return row
 
-    async def _conclude(self, final_output: Any) -> None:
-        """A run may end without a message: on a tool's output, which then is the answer, or with nothing at all."""
-        if self._answered or self._shown:
-            return
-        if isinstance(final_output, str) and final_output.strip():
-            await self._say("assistant", final_output)
-            await self._close_draft("done")
-        else:
-            raise EmptyAnswer
+    async def remove_rows(self, row_ids: list[int]) -> None:
+        removed = await self.chat.store.delete_messages(self.user_id, self.conversation_id, row_ids)
+        self.row_ids = [row_id for row_id in self.row_ids if row_id not in removed]
+        if self.last_message_id in removed:
+            self.last_message_id = None
+        for row_id in removed:
+            self.emit({"type": "thread.item.removed", "item_id": str(row_id)})
+
+    async def show_picture(self, url: str, row: Row | None = None, **columns: Any) -> None:
+        """A picture as an item, whose bytes, if the URL holds them, become a file at a URL of ours."""
+        if row is None:
+            row = await self.add_row("item", item={"type": "generated_image"}, input=[], status="streaming")
+        item = {"type": "generated_image", "image": await self.image_json(row["id"], url)}
+        await self.change_row(row["id"], item=item, status="done", **columns)
+
+    async def image_json(self, row_id: int, url: str) -> Row:
+        """No item and no event carries a picture's bytes."""
+        if not url.startswith("data:"):
+            return {"id": f"image_{row_id}", "url": url}
+        data = base64.b64decode(url.partition("base64,")[2])
+        kind = next((kind for start, kind in PICTURES.items() if data.startswith(start)), "image/png")
+        file = await self.chat.store.add_picture(self.user_id, row_id, kind, data)
+        return {"id": file["id"], "url": f"/attachments/{file['id']}?key={file['key']}"}
 
 
-def _jsonable_text(value: Any) -> str:
-    """A tool's output as JSON, whatever it is."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    return json.dumps(value, ensure_ascii=False, default=str)
+PICTURES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+
+
+def thread_of(conversation: Row) -> Thread:
+    """A conversation as a tool has it."""
+    metadata = json_copy(conversation["metadata"])
+    return Thread(str(conversation["id"]), conversation["title"], metadata, status_json(conversation))
+
+
+def status_json(conversation: Row) -> Row:
+    """A conversation's status as ChatKit has it. The component needs a reason to disable its composer."""
+    status = {"type": conversation["status"]}
+    if conversation["status"] != "active":
+        status["reason"] = conversation["status_reason"] or f"It is {conversation['status']}."
+    return status
 
 
 def printable(text: str) -> str:
@@ -2169,34 +2345,765 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-class ToolHooks(RunHooks[TurnContext]):
+# ===================================================================================================== Saying
+# What a turn says: texts that grow, and what tools, actions and generators stream.
+
+
+def storable(text: str) -> str:
+    """Text without halves of characters, which nobody can encode."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+@dataclass(eq=False)
+class Draft:
+    """A message or a thought that is still growing; Chat.save_soon() keeps the file at most SAVE_EVERY
+    behind."""
+
+    turn: Turn
+    row: Row
+    parts: list[str] = field(default_factory=list)
+    annotations: list[Row] = field(default_factory=list)
+    fenced: bool = False  # it is JSON, and stands in a code block
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    async def open(cls, turn: Turn, role: str, text: str) -> Draft:
+        """It begins with `text`, which add() is yet to be told. Its id is ours: most models give none."""
+        columns: Row = {"content": storable(text), "status": "streaming"}
+        columns |= {"item": thought_item(""), "input": []} if role == "item" else {}
+        draft = cls(turn, await turn.add_row(role, "thread.item.added", **columns))
+        if role == "assistant":
+            turn.last_message_id = draft.id
+            draft._tell("added", content=output_text(""))
+        return draft
+
+    @property
+    def id(self) -> int:
+        return int(self.row["id"])
+
+    @property
+    def text(self) -> str:
+        self.parts = ["".join(self.parts)]
+        return self.parts[0]
+
+    def add(self, delta: str) -> None:
+        """The hot path: once for each token."""
+        turn, row = self.turn, self.row
+        delta = storable(delta)
+        self.parts.append(delta)
+        if self not in turn.chat.unsaved:
+            turn.chat.save_soon(self)
+        if row["role"] == "assistant":
+            turn.emit({"type": "text", "content": delta, "message_id": row["id"]})
+        else:
+            turn.emit({"type": "thinking", "content": delta, "item_id": row["id"]})
+
+    def annotate(self, annotation: Row) -> None:
+        self._tell("annotation_added", annotation_index=len(self.annotations), annotation=annotation)
+        self.annotations.append(annotation)
+
+    def _tell(self, change: str, **parts: Any) -> None:
+        self.turn.update(self.id, f"assistant_message.content_part.{change}", content_index=0, **parts)
+
+    async def close(self, status: str = "done") -> None:
+        """The final row. Raises sqlite3.Error or StoreError."""
+        turn = self.turn
+        columns: Row = {"status": status}
+        if turn.draft is self:
+            turn.draft = None
+        if self.fenced:
+            columns["input"] = [{"role": "assistant", "content": self.text.removeprefix(JSON_FENCE)}]
+            self.add("\n```")
+        turn.chat.unsaved.discard(self)
+        if self.row["role"] == "item":
+            columns["item"] = thought_item(self.text, round(time.monotonic() - self.began))
+        else:
+            content = output_text(self.text, self.annotations)
+            self._tell("done", content=content)
+            if self.annotations:
+                columns["item"] = {"type": "assistant_message", "content": [content]}
+        await turn.change_row(self.id, content=self.text, **columns)
+
+
+JSON_FENCE = "```json\n"
+
+
+async def say_more(turn: Turn, role: str, text: str) -> None:
+    """More of the message or the thought that is open, or else a new one."""
+    if turn.draft is None or turn.draft.row["role"] != role:
+        await close_draft(turn)
+        turn.draft = await Draft.open(turn, role, text)
+    turn.draft.add(text)
+
+
+async def close_draft(turn: Turn) -> None:
+    if turn.draft is not None:
+        await turn.draft.close()
+
+
+async def say(turn: Turn, text: str, annotations: list[Row]) -> int:
+    """A whole assistant message, beside whatever the model says; its item id comes back."""
+    draft = await Draft.open(turn, "assistant", text)
+    draft.add(text)
+    for annotation in annotations:
+        draft.annotate(annotation)
+    await draft.close()
+    turn.shown = True
+    return draft.id
+
+
+async def take(turn: Turn, event: Event) -> None:
+    """An event from outside, ids made up there becoming those of rows. Raises ValueError for what is none."""
+    kind = event.get("type") if isinstance(event, dict) else None
+    if not isinstance(kind, str) or kind in ("thread", "tool_call", "tool_result", "done"):  # a forged answer
+        raise ValueError(f"an event of type {kind!r} cannot be streamed from outside")
+    if kind in SHAPES and not SHAPES[kind](event):
+        raise ValueError(f"this is no event of type {kind!r}: {to_json(event)[:200]}")
+    if kind in ("text", "thinking"):
+        await say_more(turn, "assistant" if kind == "text" else "item", event["content"])
+    elif kind in ITEM_EVENTS or kind == "item":
+        await close_draft(turn)
+        await _take_item(turn, "thread.item.done" if kind == "item" else kind, event["item"])
+    elif kind == "thread.item.removed":
+        await turn.remove_rows([(await turn.find_row(event["item_id"]))["id"]])
+    elif kind == "thread.item.updated":
+        item_id = str(event["item_id"])
+        turn.emit({**event, "item_id": str(turn.names.get(item_id, item_id))})
+    elif kind == "thread.updated":
+        thread, given = turn.context.thread, event["thread"]
+        thread.title = given.get("title") or thread.title
+        thread.status, thread.metadata = given["status"], given.get("metadata", {})
+        await turn.keep_thread()
+    elif kind == "progress":
+        await turn.context.progress(str(event.get("content", "")), event.get("icon"))
+    elif kind == "effect":
+        await turn.context.effect(event["name"], event.get("data"))
+    else:
+        turn.emit(event)
+
+
+NOTICES = ("info", "warning", "danger")
+SHAPES: dict[str, Callable[[Event], bool]] = {
+    "text": lambda event: isinstance(event.get("content"), str),
+    "thinking": lambda event: isinstance(event.get("content"), str),
+    "progress_update": lambda event: isinstance(event.get("text"), str),
+    "client_effect": lambda event: isinstance(event.get("name"), str),
+    "notice": lambda event: event.get("level") in NOTICES and isinstance(event.get("message"), str),
+}
+# The roles of items that are streamed; all others have the role `item`.
+ITEM_ROLES = {"assistant_message": "assistant", "user_message": "user"}
+ITEM_ROLES |= {"hidden_context_item": "system", "sdk_hidden_context": "system"}
+
+
+async def _take_item(turn: Turn, change: str, given: Row) -> None:
+    """An item that begins to grow, is done, or was replaced: it gets a row, or changes the one it has."""
+    made_up = str(given.get("id", ""))
+    item = {name: part for name, part in given.items() if name not in ("id", "thread_id", "created_at")}
+    role, text, known = ITEM_ROLES.get(item["type"], "item"), item_text(item), turn.names.get(made_up)
+    if role == "system":
+        await turn.add_row("system", content=str(item.get("content", "")))
+        return
+    if known is None and change == "thread.item.replaced":
+        known = (await turn.find_row(made_up))["id"]
+    if role == "assistant" and known is None and change == "thread.item.done":
+        notes = [note for part in item.get("content") or [] for note in part.get("annotations") or []]
+        turn.names[made_up] = await say(turn, text, notes)
+        return
+    turn.shown = True
+    final = "pending" if item.get("status") == "pending" else "done"
+    columns = {"content": text, "item": item, "status": "streaming" if change == ITEM_EVENTS[0] else final}
+    if known is None:
+        turn.names[made_up] = (await turn.add_row(role, change, **columns))["id"]
+    else:
+        await turn.change_row(known, change, **columns)
+
+
+# ================================================================================================== Answering
+# From the message to the agent's run: what the model is shown, and the SDK's items as they are kept.
+
+
+async def speak(turn: Turn, resume: tuple[Row, Row] | None = None) -> None:
+    """Have the agent answer what the conversation holds.
+
+    Or go on where its tools waited for approval: `resume` is the run's state, and the item with the answers.
+    """
+    agents = turn.chat.agents
+    if resume is None:
+        await turn.end_waiting()
+    turn.emit({"type": "thinking", "content": ""})
+    if agents.generator is not None:
+        answer = agents.generator(turn.context, await history(turn, hosted=False))
+        async with contextlib.aclosing(answer):
+            async for part in answer:
+                if turn.reason:
+                    return  # how it ended is still to be said
+                is_text = isinstance(part, str)
+                await (say_more(turn, "assistant", part) if is_text else turn.context.stream(part))
+        await close_draft(turn)
+        return
+    agent = await agents.agent_for(turn, first=resume is not None)
+    turn.run = Run(turn, agent)
+    if resume is None:
+        hosted = isinstance(agents.model_of(turn, agent), OpenAIResponsesModel)
+        await turn.run.answer(await history(turn, hosted))
+    else:
+        await turn.run.answer(await resumed(turn, agent, *resume))
+
+
+async def history(turn: Turn, hosted: bool) -> list[Row]:
+    """What the model is shown of the conversation."""
+    store, limit = turn.chat.store, turn.chat.settings.history_limit
+    rows = await store.history(turn.user_id, turn.conversation_id, limit + 1)
+    cut = len(rows) > limit
+    rows = await with_files(store, turn.user_id, rows[1:] if cut else rows)
+    return model_input(rows, cut, hosted)
+
+
+async def resumed(turn: Turn, agent: Agent[Any], state: Row, item: Row) -> RunState[Any]:
+    """A run whose tools waited for approval, as the person decided in `item`."""
+    for row in await turn.chat.store.pending_messages(turn.user_id, turn.conversation_id):
+        if row["role"] == "tool":
+            turn.calls[row["tool_calls"][0]["id"]] = row
+    run_state = await RunState.from_json(agent, state, context_override=RunContextWrapper(turn.context))
+    answers = {question["id"]: question["answer"]["values"] for question in item["inputs"]}
+    for asked in run_state.get_interruptions():
+        if (answers.get(asked.call_id) or ["Reject"])[0].startswith("Approve"):
+            run_state.approve(asked)
+        else:
+            run_state.reject(asked, rejection_message="The person rejected this call.")
+    return run_state
+
+
+def input_of(raw: Any) -> Row:
+    """An item of the SDK's as input, without its id: OpenAI would look for the reasoning behind that."""
+    given = raw if isinstance(raw, dict) else raw.model_dump(mode="json", exclude_unset=True)
+    return {name: part for name, part in json_copy(given).items() if name not in ("id", "created_by")}
+
+
+def is_hosted(item: Any) -> bool:
+    """Whether it is the call of a tool on the provider's side, as openai.types.responses has them."""
+    kind = str(getattr(item, "type", ""))
+    return kind.endswith("_call") and kind not in ("function_call", "image_generation_call")
+
+
+def json_value(text: Any) -> Any:
+    """A tool's result, decoded where it is a JSON object or array."""
+    if isinstance(text, str) and text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return json_copy(from_json(text))
+    return text
+
+
+def json_object(text: str) -> Row:
+    """A tool call's arguments, empty where they are not a JSON object."""
+    value = json_value(text)
+    return value if isinstance(value, dict) else {}
+
+
+def tool_text(output: Any, parts: Any) -> str:
+    """A tool's output in words; `parts` is what the SDK made of it, a list where there are pictures."""
+    if isinstance(parts, list):
+        return "\n".join(part["text"] for part in parts if part.get("type") == "input_text")
+    if isinstance(output, str):
+        return output
+    if hasattr(output, "model_dump"):
+        output = output.model_dump(mode="json")
+    return "" if output is None else json.dumps(output, ensure_ascii=False, default=str)
+
+
+# ======================================================================================================== Run
+# What the Agents SDK reports becomes rows and events. It is taken at two places: text, calls, and what a
+# provider's own tools do, from the model's raw events, which come in order; results and handoffs from the
+# runner's items.
+
+
+class Run:
+    """One run of an agent within a turn."""
+
+    def __init__(self, turn: Turn, agent: Agent[Any]) -> None:
+        self.turn = turn
+        self.agent = agent
+        self.result: RunResultStreaming | None = None
+        self.final_rows: list[int] = []  # messages of the model's last response
+        self.spoke = False  # the model's last response was not empty
+        self._answered = False  # something was said since the last tool result
+        self._last_output: Any = None  # of a tool
+        self._announced: set[str] = set()  # ids of calls
+        self._handoffs: list[str] = []  # ids of calls that hand over, and have no result yet
+        self._hosted: dict[str, Row] = {}  # what the provider's own tools did, by item id and by call id
+        self._streamed = False  # the message that comes next was said in deltas
+        self._messages = 0  # that were shown, less those that the runner reported
+        self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
+
+    async def answer(self, source: list[Row] | RunState[Any]) -> None:
+        """Run the agent on a history, or go on with a state; what the SDK reports becomes rows and events."""
+        turn, agents = self.turn, self.turn.chat.agents
+        self.result = run = Runner.run_streamed(
+            self.agent,
+            cast(Any, source),
+            context=turn.context,
+            max_turns=turn.chat.settings.max_steps,
+            hooks=RunListener(self),
+            run_config=agents.run_config(turn.model, self.agent),
+        )
+        if turn.reason:
+            run.cancel()
+        self._idle.set()
+        try:
+            async with contextlib.aclosing(cast(AsyncGenerator[StreamEvent], run.stream_events())) as stream:
+                async for event in stream:
+                    self._idle.clear()
+                    if event.type == "run_item_stream_event":
+                        await self._take_item(event.name, event.item)
+                    elif event.type == "agent_updated_stream_event":
+                        await self._take_agent(event.new_agent)
+                    elif event.data.type == "response.output_text.delta":  # the hot path: one a token
+                        await self._say(event.data.delta)
+                    else:
+                        await self._take_raw(event.data)
+                    self._idle.set()
+                    keep_what_was_said(run.run_loop_task)
+        finally:
+            self._idle.set()
+        if turn.reason is None:
+            await close_draft(turn)
+            await self._conclude(run)
+
+    async def caught_up(self) -> None:
+        """Until all that the model said has been dealt with, so that what a tool shows comes after it."""
+        while not self._idle.is_set():
+            await self._idle.wait()
+
+    # ---- from the model's raw events
+
+    async def _say(self, text: str) -> None:
+        turn = self.turn
+        if turn.draft is None or turn.draft.row["role"] != "assistant":
+            if not text:
+                return
+            await close_draft(turn)
+            turn.draft = await Draft.open(turn, "assistant", text)
+            self._messages += 1
+            self.final_rows.append(turn.draft.id)
+            self.spoke = self._answered = self._streamed = True
+            agent = self.result.current_agent if self.result else self.agent
+            if agent.output_type not in (None, str) and text.lstrip()[:1] in ("{", "["):
+                turn.draft.fenced = True
+                turn.draft.add(JSON_FENCE)
+        turn.draft.add(text)
+
+    async def _take_raw(self, data: Any) -> None:
+        """What a model's response says beside its text."""
+        turn, kind = self.turn, data.type
+        if kind == "response.output_item.added" and data.item.type == "image_generation_call":
+            await self._picture(data.item.id)
+        elif kind == "response.output_item.added" and is_hosted(data.item):
+            await self._begin_hosted(data.item)
+        elif kind == "response.output_item.done":
+            await self._take_output(data.item)
+        elif kind == "response.output_text.annotation.added" and turn.draft is not None:
+            annotation = annotation_json(data.annotation)
+            if annotation is not None:
+                turn.draft.annotate(annotation)
+        elif kind == "response.refusal.delta":
+            await self._say(data.delta)
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            await say_more(turn, "item", data.delta)
+        elif kind == "response.reasoning_summary_part.added" and turn.draft is not None and turn.draft.text:
+            await say_more(turn, "item", "\n\n")
+        elif kind == "response.image_generation_call.partial_image":
+            row = await self._picture(data.item_id)
+            image = await turn.image_json(row["id"], f"data:;base64,{data.partial_image_b64}")
+            turn.update(row["id"], "generated_image.updated", image=image)
+        elif kind in ("response.completed", "response.incomplete"):
+            await close_draft(turn)
+
+    async def _take_output(self, item: Any) -> None:
+        """One item of the model's response is complete."""
+        turn, kind = self.turn, getattr(item, "type", "")
+        if kind == "message":
+            if not self._streamed:  # a model that streams no deltas
+                parts = [getattr(part, "text", "") or getattr(part, "refusal", "") for part in item.content]
+                await self._say("".join(parts))
+            self._streamed = False
+            await close_draft(turn)
+        elif kind == "reasoning":
+            if turn.draft is not None and turn.draft.row["role"] == "item":
+                await close_draft(turn)
+        elif kind == "function_call":
+            await self.announce(input_of(item))
+        elif kind == "image_generation_call" and item.id not in self._hosted:
+            raw, row = input_of(item), await self._picture(item.id)
+            self._hosted[item.id] = turn.calls.pop(item.id)
+            if item.result:
+                text = str(raw.get("revised_prompt") or "")
+                await turn.show_picture(f"data:;base64,{item.result}", row, content=text, input=[raw])
+        elif is_hosted(item) and str(item.id) not in self._hosted:
+            await self._end_hosted(turn.calls.get(str(item.id)) or await self._begin_hosted(item), item)
+
+    async def announce(self, call: Row) -> None:
+        """Write down and report a tool call, once. `call` is its input item.
+
+        The calls of one response stay together in the first one's row, in front of all outputs: Gemini
+        signs only the first of a response.
+        """
+        turn, call_id = self.turn, call["call_id"]
+        if call_id in turn.calls or call_id in self._announced:
+            return
+        self._announced.add(call_id)
+        first = next((row for row in turn.calls.values() if row["role"] == "tool" and row["input"]), None)
+        if first is not None:
+            first["input"].append(call)
+        columns = {} if first else {"input": [call]}
+        await self._begin_call(call_id, call["name"], json_object(call["arguments"]), **columns)
+
+    async def _begin_call(self, call_id: str, name: str, arguments: Row, **columns: Any) -> Row:
+        turn = self.turn
+        await close_draft(turn)
+        self.spoke = True
+        call = {"id": call_id, "name": name, "args": arguments}
+        row = await turn.add_row("tool", tool_calls=[call], status="streaming", **columns)
+        turn.calls[call_id] = row
+        turn.emit({"type": "tool_call", **call})
+        turn.show("thread.item.added", row)
+        return row
+
+    async def _begin_hosted(self, item: Any) -> Row:
+        """A call of a tool on the provider's side, such as a web search."""
+        raw = input_of(item)
+        name = str(raw.get("name") or raw["type"].removesuffix("_call"))
+        told = {key: raw[key] for key in ("queries", "action", "code", "arguments") if raw.get(key)}
+        return await self._begin_call(str(item.id), name, told, input=[], item=hosted_item(raw, "streaming"))
+
+    async def _end_hosted(self, row: Row, item: Any) -> None:
+        """It is done. What this program does for it, such as moving a mouse, has its output still to come."""
+        turn, raw, call = self.turn, input_of(item), row["tool_calls"][0]
+        logs = [str(output["logs"]) for output in raw.get("outputs") or [] if output.get("logs")]
+        text = "\n".join(filter(None, [*logs, str(raw.get("output") or "")]))
+        del turn.calls[call["id"]]
+        turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": json_value(text)})
+        columns: Row = {"content": text, "item": hosted_item(raw, "done"), "input": [raw], "status": "done"}
+        changed = await turn.change_row(row["id"], **columns)
+        self._hosted[call["id"]] = self._hosted[str(raw.get("call_id"))] = changed or row
+
+    async def _picture(self, item_id: str) -> Row:
+        """The row of a picture that the model makes."""
+        turn = self.turn
+        if item_id not in turn.calls:
+            await close_draft(turn)
+            self.spoke = turn.shown = True
+            columns: Row = {"item": {"type": "generated_image"}, "input": [], "status": "streaming"}
+            turn.calls[item_id] = await turn.add_row("item", "thread.item.added", **columns)
+        return turn.calls[item_id]
+
+    # ---- from the runner's items
+
+    async def _take_item(self, name: str, item: Any) -> None:
+        raw = getattr(item, "raw_item", None)
+        if name == "message_output_created":
+            if self._messages <= 0:  # a model that streams nothing but its end
+                await self._take_output(raw)
+            self._messages -= 1
+        elif name in ("tool_called", "handoff_requested"):
+            await self._take_output(raw)
+            if name == "handoff_requested":
+                self._handoffs.append(str(getattr(raw, "call_id", "")))
+        elif name in ("tool_output", "handoff_occured"):  # the SDK's spelling
+            result = input_of(item.to_input_item())
+            await self._end_call(getattr(item, "output", result.get("output")), result)
+
+    async def _take_agent(self, agent: Agent[Any]) -> None:
+        """Another agent goes on. A handoff whose input filter dropped it is not reported otherwise."""
+        if agent.name != (self.turn.agent_name or self.agent.name):
+            self.turn.agent_name = agent.name
+        for call_id in list(self._handoffs):
+            text = to_json({"assistant": agent.name})
+            await self._end_call(text, {"type": "function_call_output", "call_id": call_id, "output": text})
+
+    async def _end_call(self, output: Any, result: Row) -> None:
+        """A tool's result, `result` being its input item; or what is left to the person's side."""
+        turn, call_id = self.turn, str(result.get("call_id"))
+        if call_id in self._handoffs:
+            self._handoffs.remove(call_id)
+        self._answered, self._last_output = False, output
+        if call_id in self._hosted:  # a computer or a shell, called like the provider's own tools
+            hosted = self._hosted[call_id]
+            await turn.change_row(hosted["id"], input=[*(hosted["input"] or []), result])
+        row = turn.calls.pop(call_id, None)
+        if row is None:
+            return
+        if turn.context.client_tool_call is not None:
+            asked, turn.context.client_tool_call = json_copy(turn.context.client_tool_call), None
+            output = ClientTool(asked["name"], asked.get("arguments") or {})
+        call, calls = row["tool_calls"][0], row["input"] or []
+        if isinstance(output, (ClientTool, Questions)):
+            item = handed_over_item(call, output)
+            await turn.change_row(row["id"], role="item", status="pending", item=item, input=calls or None)
+            self._answered = True
+            return
+        text = storable(tool_text(output, result["output"]))
+        turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": json_value(text)})
+        await turn.change_row(row["id"], content=text, status="done", input=[*calls, result])
+        for part in result["output"] if isinstance(result["output"], list) else []:
+            if part.get("type") == "input_image" and part.get("image_url"):
+                await turn.show_picture(part["image_url"])
+
+    # ---- its end
+
+    async def _conclude(self, run: RunResultStreaming) -> None:
+        """A run may end without a message: for approvals, on a tool's output, or silently."""
+        if run.interruptions:
+            await self._ask_approval(run)
+            return
+        nothing_returned = self.spoke and self._last_output is None  # the SDK says "None" then
+        if self._answered or self.turn.shown or nothing_returned:
+            return
+        output = run.final_output or ""  # a tool's, which is the answer then
+        text = output if isinstance(output, str) else code_block(tool_text(output, None), "json")
+        if text.strip():
+            await say(self.turn, text, [])
+        elif not self.spoke:
+            raise EmptyAnswer
+
+    async def _ask_approval(self, run: RunResultStreaming) -> None:
+        """The turn ends here; what the person says goes on from the run's state, also after a restart."""
+        turn = self.turn
+        for row in turn.calls.values():
+            await turn.change_row(row["id"], "thread.item.added", status="pending", input=row["input"])
+        turn.calls.clear()
+        asked = [(call, json_object(call.arguments or "{}")) for call in run.interruptions]
+        item = approval_item([{"id": c.call_id, "name": c.tool_name, "args": args} for c, args in asked])
+        text = "\n".join(question["question"] for question in item["inputs"])
+        state = {"run_state": run.to_state().to_json(context_serializer=lambda context: {})}
+        await turn.add_row("item", "thread.item.done", content=text, item=item, input=state, status="pending")
+
+
+class RunListener(RunHooks[TurnContext]):
     """The SDK starts a tool as soon as it can; this makes it wait until the call has been written down."""
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    async def on_llm_start(self, context: Any, agent: Any, system_prompt: Any, input_items: Any) -> None:
+        await self.run.caught_up()
+        self.run.spoke = False
+        self.run.final_rows.clear()
 
     async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
-        await self.turn.caught_up()
-        if getattr(context, "tool_call_id", None):
-            await self.turn.announce(context.tool_call_id, context.tool_name, context.tool_arguments)
+        await self.run.caught_up()
+        call_id = getattr(context, "tool_call_id", None)
+        if call_id:
+            call = {"call_id": call_id, "name": context.tool_name, "arguments": context.tool_arguments}
+            await self.run.announce({"type": "function_call", **call})
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
-        if isinstance(result, (ClientTool, Questions)):
-            self.turn.hand_over()
+        await self.run.turn.keep_thread()
+        asks = isinstance(result, (ClientTool, Questions)) or context.context.client_tool_call is not None
+        if asks and self.run.result is not None:
+            self.run.result.cancel(mode="after_turn")
 
 
-# ============================================================================================================ Chat
-# What one app holds: its store, its agent, and the turns that are running.
+def keep_what_was_said(running: asyncio.Task[Any] | None) -> None:
+    """The SDK raises a failure ahead of the deltas that came before it, and drops those; unless marked."""
+    if running is not None and running.done() and not running.cancelled() and running.exception():
+        _mark_error_to_drain_stream_events(cast(BaseException, running.exception()))
 
 
-class Refused(Exception):
-    """A request that cannot be granted: an HTTP status and a text for the person."""
+# ===================================================================================================== Agents
+# Who answers: an agent, a function that makes one, or a generator; its MCP servers, and what a run is told.
 
-    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.retry_after = retry_after  # seconds
+AnswerGenerator = Callable[[TurnContext, list[Row]], AsyncGenerator[Any, None]]
+AgentSource = Agent[Any] | Callable[..., Any] | None
+Transcriber = Callable[[bytes, str], Awaitable[str]]  # audio and its media type, such as "audio/webm"
+ActionHandler = Callable[[TurnContext, Row, Row | None], Any]  # a coroutine, or an async generator of events
+FeedbackHandler = Callable[[TurnContext, list[Row], str], Awaitable[None]]
+
+
+class Agents:
+    """What an app was given as its agent; the to-do assistant where that is nothing."""
+
+    def __init__(self, settings: Settings, models: Models, source: AgentSource) -> None:
+        """Raises SettingsError where a model that is named cannot work: now, not at the first message."""
+        self.settings, self.models = settings, models
+        self.generator: AnswerGenerator | None = source if inspect.isasyncgenfunction(source) else None
+        self.agent = todo_agent() if source is None else source if isinstance(source, Agent) else None
+        self._make: Any = None if self.generator or self.agent else source
+        self._graph = agents_within(self.agent) if self.agent else []
+        self._run_configs: dict[tuple[str | None, bool], RunConfig] = {}
+        self._servers = contextlib.AsyncExitStack()
+        self._connected: set[MCPServer] = set()
+        self._connecting = asyncio.Lock()
+        for name in [*settings.models.values(), *(agent.model for agent in self._graph)]:
+            if isinstance(name, str):
+                models.get_model(name)
+        self.model_name = self._model_name()
+
+    def _model_name(self) -> str:
+        """The model that answers, as people may see it."""
+        if self.generator is not None:
+            return self.generator.__name__
+        model = self.agent.model if self.agent else None
+        if isinstance(model, Model):
+            return str(getattr(model, "model", "") or getattr(model, "name", "") or type(model).__name__)
+        self.models.get_model(model)
+        return (model or self.models.default).removeprefix("litellm/")
+
+    def tools(self) -> dict[str, str]:
+        """What a message may choose, and what it does: the tools of all agents that there are."""
+        return {tool.name: getattr(tool, "description", "") for agent in self._graph for tool in agent.tools}
+
+    async def open(self) -> None:
+        await self._prepare(self._graph)
+
+    async def close(self) -> None:
+        self._connected.clear()
+        await self._servers.aclose()
+
+    async def _prepare(self, graph: list[Agent[Any]]) -> None:
+        """Connect MCP servers that are not, and keep tools from ending the process."""
+        async with self._connecting:
+            new = {server for agent in graph for server in agent.mcp_servers} - self._connected
+            if new:
+                manager = MCPServerManager(new, connect_in_parallel=True)
+                await self._servers.enter_async_context(manager)
+                self._connected.update(manager.active_servers)
+                for server, error in manager.errors.items():
+                    log.warning("The agent goes without the MCP server %r: %s", server.name, error)
+        others = self.models.default != get_default_model()
+        for agent in graph:
+            if others and agent.model is None and agent.model_settings == get_default_model_settings():
+                agent.model_settings = ModelSettings()  # the SDK's are OpenAI's, and others refuse them
+            agent.mcp_servers = [server for server in agent.mcp_servers if server in self._connected]
+            for tool in agent.tools:
+                if isinstance(tool, FunctionTool) and not isinstance(tool.on_invoke_tool, Contained):
+                    tool.on_invoke_tool = Contained(tool.name, tool.on_invoke_tool)
+
+    async def agent_for(self, turn: Turn, *, first: bool = False) -> Agent[Any]:
+        """Who answers in this turn: the agent that had the last word, or the `first` of the graph."""
+        graph, choice = self._graph, turn.context.tool_choice
+        if self._make is not None:
+            made = self._make(turn.context)
+            made = await made if inspect.isawaitable(made) else made
+            if not isinstance(made, Agent):
+                raise TypeError(f"the function that makes the agent returned a {type(made).__name__}")
+            graph = agents_within(made)
+            await self._prepare(graph)
+        agent = next((each for each in graph if each.name == turn.agent_name and not first), graph[0])
+        if choice in [tool.name for tool in agent.tools]:
+            agent = agent.clone(model_settings=replace(agent.model_settings, tool_choice=choice))
+        return agent
+
+    def model_of(self, turn: Turn, agent: Agent[Any]) -> Model:
+        model = self.models.choices.get(turn.model or "") or agent.model or self.models.default
+        return model if isinstance(model, Model) else self.models.get_model(model)
+
+    def run_config(self, model: str | None, agent: Agent[Any]) -> RunConfig:
+        """What the SDK is told of a run. Kept: making one takes as long as all else before the model."""
+        hosted = {"web_search", "code_interpreter"} & {tool.name for tool in agent.tools}
+        key, chosen = (model, bool(hosted)), self.models.choices.get(model or "")
+        if key not in self._run_configs:
+            sources: Any = ["web_search_call.action.sources", "code_interpreter_call.outputs"]
+            # Usage is zero from chat completions unless one asks for it.
+            told = ModelSettings(include_usage=True, response_include=sources if hosted else None)
+            self._run_configs[key] = RunConfig(
+                model=self.models.get_model(chosen) if chosen else None,
+                model_provider=self.models,
+                model_settings=told,
+                tracing_disabled=not self.settings.tracing,
+                tool_not_found_behavior="return_error_to_model",
+                tool_error_formatter=told_of_failure,
+            )
+        return self._run_configs[key]
+
+
+def told_of_failure(args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
+    """What the model, and so perhaps the person, is told of a tool that raised: not the error's text."""
+    if args.kind != "tool_exception":
+        return None
+    if isinstance(args.error, ModelBehaviorError):
+        return to_json({"error": f"These arguments do not fit the parameters of {args.tool_name}."})
+    if args.error is not None:
+        turn = args.run_context.context.turn
+        turn.chat.log_failure(f"thread {turn.conversation_id}: the tool {args.tool_name} failed", args.error)
+    return to_json({"error": f"The tool {args.tool_name} failed."})
+
+
+@dataclass
+class Contained:
+    """A tool that exits must not take the server along: asyncio lets these exceptions through to the loop."""
+
+    name: str
+    invoke: Callable[..., Awaitable[Any]]
+
+    async def __call__(self, *args: Any) -> Any:
+        try:
+            return await self.invoke(*args)
+        except (SystemExit, KeyboardInterrupt) as error:
+            log.error("the tool %s wanted to end the process: %r", self.name, error)
+            return to_json({"error": f"The tool {self.name} failed."})
+
+
+def takes(function: Callable[..., Any], *arguments: object) -> bool:
+    """Whether it can be called with so many arguments."""
+    with contextlib.suppress(ValueError):  # of what is not written in Python
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:
+            return False
+    return True
+
+
+def check_arguments(agent: Any, store: Any, **handlers: Any) -> None:
+    """Raises SettingsError: a sentence that says what belongs there."""
+    an_agent = "give an Agent, such as Agent(name=..., instructions=...), a function of the context that "
+    an_agent += "returns one, or an async generator function answer(context, history)"
+    makes_agents = callable(agent) and not isinstance(agent, type) and not inspect.isgeneratorfunction(agent)
+    if makes_agents and not isinstance(agent, Agent):
+        makes_agents = takes(agent, None, *[None] * inspect.isasyncgenfunction(agent))
+    rules = [
+        ("agent", agent, isinstance(agent, Agent) or makes_agents, an_agent),
+        ("store", store, isinstance(store, Store), "give a Store, such as Store('chatkit.db')"),
+    ]
+    for name, handler in handlers.items():
+        functions = handler, getattr(handler, "__call__", None)  # noqa: B004  # may be an object
+        is_async = any(map(inspect.iscoroutinefunction, functions)) or inspect.isasyncgenfunction(handler)
+        rules.append((name, handler, is_async, f"write it as `async def {name}(...)`"))
+    for name, value, fits, sentence in rules:
+        if value is not None and not fits:
+            what = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+            raise SettingsError(f"{name} is {what}: {sentence}.")
+
+
+# =================================================================================================== Requests
+# What comes in, who sends it, what is refused, and what is kept out of the log.
+
+
+class Refused(HTTPException):
+    """A request that cannot be granted: an HTTP status and a text for the person.
+
+    `by_doing`: a person's doing led here, as always to some statuses, and not a broken client. The real
+    component shows nothing of an HTTP status, so its dialect tells it within a stream.
+    """
+
+    def __init__(self, status: int, detail: str, *, by_doing: bool = False, retry_after: int = 0) -> None:
+        headers = {"Retry-After": str(retry_after)} if retry_after else None
+        super().__init__(status, detail, {"WWW-Authenticate": "Bearer"} if status == 401 else headers)
+        self.detail: str = detail
+        self.by_doing = by_doing or status in (409, 413, 429, 503)
+
+
+def found(row: T | None, what: str) -> T:
+    """Raises Refused where there is none."""
+    if row is None:
+        raise Refused(404, f"{what} not found")
+    return row
+
+
+def as_row_id(value: object) -> int | None:
+    """A row's id from the wire, a whole number or its decimal string; None for what cannot be one."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value):
+        value = int(value)
+    return value if type(value) is int and 0 < value <= LAST else None
 
 
 @dataclass(frozen=True)
@@ -2206,459 +3113,525 @@ class Caller:
     user_id: str = "local"
     by_token: bool = False
     locale: str = "en"
+    request_context: Row = field(default_factory=dict)  # {"headers", "metadata"}
 
 
-@dataclass
-class UserMessage:
-    """What a person sends, the same from either dialect."""
+def row_id(what: str) -> BeforeValidator:
+    """Of a parameter: what cannot be an id is not found."""
+    return BeforeValidator(lambda value: found(as_row_id(value), what), json_schema_input_type=str)
 
+
+ThreadId = Annotated[int, row_id("Conversation")]
+ItemId = Annotated[int, row_id("Item")]
+Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Limit = Annotated[int | None, Field(ge=1)]
+Order = Literal["asc", "desc"]
+
+
+class TextPart(BaseModel):
+    type: Literal["input_text"] = "input_text"
     text: str
-    parts: list[Row] | None = None  # ChatKit's content, where it is more than one text
-    attachments: list[str] = field(default_factory=list)  # ids of uploaded files
-    quoted_text: str | None = None
+
+
+class TagPart(BaseModel):
+    type: Literal["input_tag"]
+    id: str
+    text: str
+    data: dict[str, Any] = {}
+    group: str | None = None
+    interactive: bool = False
+
+
+class ToolChoice(BaseModel):
+    id: str
+
+
+class InferenceOptions(BaseModel):
     model: str | None = None
-    tool_choice: str | None = None
+    tool_choice: ToolChoice | None = None
+
+
+class UserMessage(BaseModel):
+    """What a person sends."""
+
+    content: list[Annotated[TextPart | TagPart, Field(discriminator="type")]]
+    attachments: list[str] = []  # ids of uploaded files
+    quoted_text: str | None = None
+    inference_options: InferenceOptions = InferenceOptions()
+
+    @classmethod
+    def of(
+        cls, text: str, files: Sequence[str] = (), model: str | None = None, tool: str | None = None
+    ) -> UserMessage:
+        options = InferenceOptions(model=model, tool_choice=ToolChoice(id=tool) if tool else None)
+        return cls(content=[TextPart(text=text)], attachments=list(files), inference_options=options)
 
     @property
-    def extra(self) -> Row | None:
-        columns = ("parts", "quoted_text", "model", "tool_choice")
-        return {name: getattr(self, name) for name in columns if getattr(self, name)} or None
+    def text(self) -> str:
+        return "".join(f"@{part.text}" if isinstance(part, TagPart) else part.text for part in self.content)
+
+    @property
+    def item(self) -> Row | None:
+        """What is kept beside the text: a part of the thread item, its attachments still to come."""
+        item = self.model_dump(exclude={"attachments"}, exclude_none=True)
+        if [part.type for part in self.content] == ["input_text"]:
+            del item["content"]  # the text says it all
+        kept = {name: part for name, part in item.items() if part}
+        return {"type": "user_message", **kept} if kept or self.attachments else None
 
 
-def make_title(text: str) -> str:
-    """The first 50 characters of a message, white space folded."""
-    folded = " ".join(text.split())
-    return folded[:50] + ("..." if len(folded) > 50 else "")
+class Answer(BaseModel):
+    values: list[str] = []
+    skipped: bool = False
 
 
-Transcriber = Callable[[bytes, str], Awaitable[str]]  # audio and its media type, such as "audio/webm"
-ActionHandler = Callable[[TurnContext, Row, Row | None], Awaitable[None]]
+class Answers(BaseModel):
+    status: Literal["answered", "skipped"] = "answered"
+    answers: dict[str, Answer] = {}  # by question id
 
 
-class Chat:
-    """One app's state. It opens when it is first needed, and closes with the event loop at the latest.
+class Action(BaseModel):
+    type: str
+    payload: Any = None
 
-    So it works under a server that runs its lifespan, mounted in another application, whose server does not, and
-    without any server.
-    """
 
-    def __init__(
-        self,
-        settings: Settings,
-        agent: Agent[Any] | None = None,
-        *,
-        store: Store | None = None,
-        on_action: ActionHandler | None = None,
-        transcribe: Transcriber | None = None,
-    ) -> None:
-        """Raises SettingsError where the model cannot work."""
-        self.settings = settings
-        self.store = store or Store(settings.database)
-        self.models = Models(settings)
-        self.has_tasks = agent is None
-        self.on_action = toggle_task if agent is None else on_action
-        self._transcribe = transcribe or (self.models.transcribe if settings.openai_api_key else None)
-        agent = agent or todo_agent()
-        self.model_name = self.models.default
-        if agent.model is None:
-            for name in self.models.names:
-                self.models.get_model(name)  # a name that cannot work is told now, not at the first message
-            agent = agent.clone(model=self.models.get_model(None))
-        else:
-            self.model_name = str(getattr(agent.model, "model", None) or getattr(agent.model, "name", None) or (
-                agent.model if isinstance(agent.model, str) else type(agent.model).__name__))  # fmt: skip
-        self.agent = agent
-        self.turns: dict[int, Turn] = {}  # those that are running, by conversation id
-        self.unsaved: set[Draft] = set()  # those with text that is not in the file
-        self._saving: asyncio.Task[None] | None = None
-        self._run_configs: dict[tuple[str | None, str | None], RunConfig] = {}
-        self._beginning: list[str] = []  # whose conversations are being made for a turn
-        self._keeper: asyncio.Task[None] | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._owns_store = store is None
-        secrets_here = (settings.jwt_secret, settings.openai_api_key, settings.gemini_api_key)
-        self.secrets = [secret for secret in secrets_here if secret]
+def check_message(chat: Chat, message: UserMessage) -> None:
+    """Raises Refused for what cannot be answered here."""
+    if not message.text.strip() and not message.attachments:
+        raise Refused(400, "Message is required")
+    tags = [to_json(part.data) for part in message.content if isinstance(part, TagPart)]
+    limit = chat.settings.max_message_chars
+    if sum(map(len, [message.text, message.quoted_text or "", *tags])) > limit:
+        raise Refused(413, f"Message is longer than {limit} characters")
+    options = message.inference_options
+    choices = [("model", options.model, chat.models.choices)]
+    if options.tool_choice and chat.agents.agent is not None:  # a function or a generator may know more
+        choices.append(("tool", options.tool_choice.id, chat.agents.tools()))
+    for what, chosen, names in choices:
+        if chosen is not None and chosen not in names:
+            there_is = ", ".join(names) or "none"
+            raise Refused(400, f"There is no {what} {chosen!r} here; there is {there_is}", by_doing=True)
 
-    # ---- opening and closing
 
-    async def open(self) -> None:
-        """Open the store, unless it is open. Raises StoreError."""
-        if self._keeper is not None and not self._keeper.done():
-            return
-        if self._opening is None or self._opening.done():
-            self._opening = asyncio.get_running_loop().create_task(self._open())
-        await asyncio.shield(self._opening)
-
-    async def _open(self) -> None:
-        if self._owns_store:
-            await self.store.open()
-        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="keeper of the store")
-
-    async def _keep(self) -> None:
-        """Wait to be cancelled, by close() or by the end of the event loop, and close everything then."""
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            await self.stop_turns()
-            if self._saving is not None:
-                self._saving.cancel()
-            if self._owns_store:
-                await self.store.close()
-            await self.models.close()
-
-    async def close(self) -> None:
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None and not keeper.done():
-            keeper.cancel()
-            await asyncio.wait([keeper])
-
-    async def stop_turns(self) -> None:
-        """Save and end all that is running."""
-        turns = list(self.turns.values())
-        for turn in turns:
-            turn.stop("shutdown")
-        for turn in turns:
-            await turn.wait()
-
-    def log_exception(self, what: str, error: BaseException) -> None:
-        """A line and a traceback for the log, without the secrets that providers like to quote."""
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
-        log.error("%s\n%s", what, redact(text, self.secrets))
-
-    # ---- what all turns share
-
-    def save_soon(self, draft: Draft) -> None:
-        """Save a draft's text within SAVE_EVERY, all drafts at once: a hop to the store for each was costly."""
-        self.unsaved.add(draft)
-        if self._saving is None or self._saving.done():
-            self._saving = asyncio.get_running_loop().create_task(self._save_drafts())
-
-    async def _save_drafts(self) -> None:
-        while self.unsaved:
-            await asyncio.sleep(SAVE_EVERY)
-            drafts, self.unsaved = self.unsaved, set()
-            try:  # what close() saves stands in line behind this
-                await self.store.save_texts([(draft.text, draft.id, draft.turn.user_id) for draft in drafts])
-            except (sqlite3.Error, StoreError) as error:
-                log.warning("saving %d answers so far failed: %s", len(drafts), error)
-                self.unsaved |= {draft for draft in drafts if not draft.closed}
-
-    def run_config(self, model: str | None, tool_choice: str | None) -> RunConfig:
-        """What the SDK is told of a run. Kept: making one takes as long as all else that it does before the model."""
-        key = model, tool_choice
-        if key not in self._run_configs:
-            self._run_configs[key] = RunConfig(
-                model=self.models.get_model(model) if model else None,
-                model_provider=self.models,
-                # Usage is zero from chat completions unless one asks for it.
-                model_settings=ModelSettings(include_usage=True, tool_choice=tool_choice),
-                tracing_disabled=not self.settings.tracing,
-                tool_not_found_behavior="return_error_to_model",
-                tool_error_formatter=self._tool_error,
-            )
-        return self._run_configs[key]
-
-    def _tool_error(self, args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
-        """What the model, and so perhaps the person, is told of a tool that raised: not the exception's text."""
-        if args.kind != "tool_exception":
-            return None
-        if isinstance(args.error, ModelBehaviorError):
-            return json.dumps({"error": f"These arguments do not fit the parameters of {args.tool_name}."})
-        if args.error is not None:
-            conversation_id = args.run_context.context.conversation_id
-            self.log_exception(f"thread {conversation_id}: the tool {args.tool_name} failed", args.error)
-        return json.dumps({"error": f"The tool {args.tool_name} failed."})
-
-    # ---- beginning a turn
-
-    async def conversation(self, user_id: str, conversation_id: int) -> Row:
-        """Raises Refused where the user has no such conversation."""
-        conversation = await self.store.conversation(user_id, conversation_id)
-        if conversation is None:
-            raise Refused(404, "Conversation not found")
-        return conversation
-
-    async def _active_conversation(self, user_id: str, conversation_id: int) -> Row:
-        conversation = await self.conversation(user_id, conversation_id)
-        if conversation["status"] != "active":
-            reason = f": {conversation['status_reason']}" if conversation["status_reason"] else ""
-            raise Refused(409, f"The conversation is {conversation['status']}{reason}")
-        return conversation
-
-    @contextlib.asynccontextmanager
-    async def _take_up(self, caller: Caller, conversation_id: int) -> AsyncIterator[Turn]:
-        """A registered turn in an existing conversation, for the block to prepare; forgotten if that raises."""
-        conversation = await self._active_conversation(caller.user_id, conversation_id)
-        running = self.turns.get(conversation_id)
-        if running is not None and running.stopping:  # who pressed stop may send the next message at once
-            await running.wait()
-        self._check_room(caller)
-        turn = self._register(Turn(self, caller.user_id, conversation, caller.locale))
-        try:
-            yield turn
-        except BaseException:
-            self.forget(turn)
-            raise
-
-    def _register(self, turn: Turn) -> Turn:
-        if turn.conversation_id in self.turns:
-            raise Refused(409, "The conversation is being answered already")
-        self.turns[turn.conversation_id] = turn
-        return turn
-
-    def _check_room(self, caller: Caller) -> None:
-        if len(self.turns) + len(self._beginning) >= self.settings.max_concurrent_turns:
-            raise Refused(503, "The server is busy. Try again in a moment.", retry_after=5)
-        mine = [*self._beginning, *(turn.user_id for turn in self.turns.values())].count(caller.user_id)
-        if caller.by_token and mine >= self.settings.max_turns_per_user:
-            raise Refused(429, "Too many answers are being written for you at once.", retry_after=5)
-
-    def forget(self, turn: Turn) -> None:
-        if self.turns.get(turn.conversation_id) is turn:
-            del self.turns[turn.conversation_id]
-
-    def _check_message(self, message: UserMessage) -> None:
-        if not message.text.strip() and not message.attachments:
-            raise Refused(400, "Message is required")
-        tags = [part for part in message.parts or [] if part["type"] == "input_tag"]
-        data = "".join(json.dumps(tag["data"], ensure_ascii=False) for tag in tags)  # the one thing not in the text
-        length = len(message.text) + len(message.quoted_text or "") + len(data)
-        if length > self.settings.max_message_chars:
-            raise Refused(413, f"Message is longer than {self.settings.max_message_chars} characters")
-        if message.model is not None and message.model not in self.models.names:
-            raise Refused(400, f"There is no model {message.model!r} here; there is {', '.join(self.models.names)}")
-        tools = [tool.name for tool in self.agent.tools]
-        if message.tool_choice is not None and message.tool_choice not in tools:
-            raise Refused(400, f"There is no tool {message.tool_choice!r} here; there is {', '.join(tools) or 'none'}")
-
-    async def begin_message(self, caller: Caller, message: UserMessage, conversation_id: int | None = None) -> Turn:
-        """Keep a message, in a new conversation where none is named, and have it answered.
-
-        When this returns, the message is in the file. Raises Refused, sqlite3.Error, StoreError.
-        """
-        self._check_message(message)
-        user_id, text, extra = caller.user_id, message.text, message.extra
-        title = make_title(text) or "(attachment)"
-        files = list(dict.fromkeys(message.attachments))
-        try:
-            if conversation_id is not None:
-                async with self._take_up(caller, conversation_id) as turn:
-                    _, row = await self.store.add_user_message(user_id, conversation_id, title, text, extra, files)
-            else:
-                self._check_room(caller)
-                self._beginning.append(user_id)
-                try:
-                    conversation, row = await self.store.add_user_message(user_id, None, title, text, extra, files)
-                finally:
-                    self._beginning.remove(user_id)
-                turn = self._register(Turn(self, user_id, conversation, caller.locale))
-        except LookupError as error:
-            raise Refused(404, str(error)) from None
-        self._answer(turn, row, new=conversation_id is None)
-        return turn
-
-    def _answer(self, turn: Turn, user_message: Row, *, new: bool = False) -> None:
-        turn.user_message = user_message
-        turn.model = user_message["extra"].get("model")
-        turn.tool_choice = user_message["extra"].get("tool_choice")
-
-        async def work() -> None:
-            if not new:
-                await self._close_pending(turn)
-            await turn.answer()
-
-        turn.start(work)
-
-    async def _close_pending(self, turn: Turn) -> None:
-        """What the person's side was asked for and did not give: the model is told, and nobody waits any more."""
-        for row in await self.store.end_unfinished(turn.user_id, turn.conversation_id):
-            turn.emit({"type": "item", "change": "replaced", "row": row})
-
-    async def begin_retry(self, caller: Caller, conversation_id: int, message_id: int | None = None) -> Turn:
-        """Remove all that came after a user's message, the last one if none is named, and answer it anew."""
-        async with self._take_up(caller, conversation_id) as turn:
-            if message_id is None:
-                row = await self.store.last_user_message(caller.user_id, conversation_id)
-            else:
-                row = await self.store.message(caller.user_id, conversation_id, message_id)
-            if row is None:
-                raise Refused(404, "Message not found")
-            if row["role"] != "user":
-                raise Refused(400, "Only a user's message can be answered again")
-            await self.store.delete_messages_after(caller.user_id, conversation_id, row["id"])
-        self._answer(turn, row)
-        return turn
-
-    async def begin_tool_output(
-        self, caller: Caller, conversation_id: int, result: Any, call_id: str | None = None
-    ) -> Turn:
-        """Complete the pending client tool call, the last one if none is named, and let the agent go on."""
-        async with self._take_up(caller, conversation_id) as turn:
-            pending = await self.store.pending_messages(caller.user_id, conversation_id)
-            waiting = [row for row in pending if "client" in row["extra"] and row["tool_calls"]]
-            if call_id is not None:
-                waiting = [row for row in waiting if row["tool_calls"][0]["id"] == call_id]
-            if not waiting:
-                raise Refused(409, "No client tool call is pending")
-            content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-            extra = {**waiting[-1]["extra"], "output": result}
-            row = await self.store.update_message(
-                caller.user_id, waiting[-1]["id"], content=content, status="done", extra=extra
-            )
-            if row is None:
-                raise Refused(404, "Conversation not found")
-        self._go_on(turn, row, result, show=False)
-        return turn
-
-    async def begin_answers(
-        self, caller: Caller, conversation_id: int, item_id: int, status: str, answers: dict[str, Row]
-    ) -> Turn:
-        """Record the answers to pending questions, or that they were skipped, and let the agent go on.
-
-        `answers` has {"values": [...], "skipped": bool} by question id. Ids that were not asked are ignored, and a
-        question with one answer keeps the first.
-        """
-        async with self._take_up(caller, conversation_id) as turn:
-            row = await self.store.message(caller.user_id, conversation_id, item_id)
-            if row is None:
-                raise Refused(404, "Item not found")
-            if row["role"] != "input":
-                raise Refused(400, "This item asks nothing")
-            if row["status"] != "pending":
-                raise Refused(409, "This was answered already")
-            inputs = []
-            for question in row["extra"].get("inputs", []):
-                given = answers.get(question["id"]) or {}
-                values = list(given.get("values") or [])
-                if question["type"] == "multiple_choice" and not question["multiple"]:
-                    values = values[:1]
-                skipped = status == "skipped" or bool(given.get("skipped")) or not values
-                answer = {"values": [], "skipped": True} if skipped else {"values": values, "skipped": False}
-                inputs.append({**question, "answer": answer})
-            told = [
-                {"question": i["question"], **({"skipped": True} if i["answer"]["skipped"] else i["answer"])}
-                for i in inputs
-            ]
-            row = await self.store.update_message(
-                caller.user_id,
-                item_id,
-                content=json.dumps(told, ensure_ascii=False),
-                status="done",
-                extra={**row["extra"], "inputs": inputs, "answered": status},
-            )
-            if row is None:
-                raise Refused(404, "Conversation not found")
-        self._go_on(turn, row, told, show=True)
-        return turn
-
-    def _go_on(self, turn: Turn, row: Row, result: Any, *, show: bool) -> None:
-        """The agent's next step, with what the person's side gave as the result of its call."""
-        call = row["tool_calls"][0]
-
-        async def work() -> None:
-            await self._close_pending(turn)
-            asked = await self.store.last_user_message(turn.user_id, turn.conversation_id)
-            turn.model = asked["extra"].get("model") if asked else None  # what was chosen for the message goes on
-            turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": result})
-            if show:
-                turn.emit({"type": "item", "change": "replaced", "row": row})
-            await turn.answer()
-
-        turn.start(work)
-
-    async def _widget(self, caller: Caller, conversation_id: int, item_id: int | None) -> Row | None:
-        if self.on_action is None:
-            raise Refused(400, "This server has no handler for actions: give create_app() an on_action")
-        if item_id is None:
-            return None
-        row = await self.store.message(caller.user_id, conversation_id, item_id)
-        if row is None:
-            raise Refused(404, "Item not found")
-        if row["role"] != "widget":
-            raise Refused(400, "This item is not a widget")
-        return row
-
-    async def begin_action(self, caller: Caller, conversation_id: int, item_id: int | None, action: Row) -> Turn:
-        """Have the action handler deal with what was clicked in a widget; what it emits is the turn's."""
-        async with self._take_up(caller, conversation_id) as turn:
-            item = await self._widget(caller, conversation_id, item_id)
-        handler = cast(ActionHandler, self.on_action)
-        turn.start(lambda: handler(turn.context, action, item))
-        return turn
-
-    async def act(self, caller: Caller, conversation_id: int, item_id: int | None, action: Row) -> Row | None:
-        """The same without a stream: the widget as it is afterwards. What the handler emits reaches nobody."""
-        await self._active_conversation(caller.user_id, conversation_id)
-        item = await self._widget(caller, conversation_id, item_id)
-        context = TurnContext(caller.user_id, conversation_id, self.store, lambda event: None, caller.locale)
-        try:
-            await cast(ActionHandler, self.on_action)(context, action, item)
-        except (ValueError, LookupError) as error:
-            self.log_exception(f"thread {conversation_id}: the action was refused", error)
-            raise Refused(400, "The action was refused") from error
-        except Exception as error:
-            self.log_exception(f"thread {conversation_id}: the action failed", error)
-            raise Refused(500, explain(error)[1]) from error
-        return await self.store.message(caller.user_id, conversation_id, item["id"]) if item else None
-
-    async def transcribe(self, audio_base64: str, mime_type: str) -> str:
-        """What was said in a recording. Raises Refused."""
-        if self._transcribe is None:
-            raise Refused(
-                501, "Dictation is not set up: set OPENAI_API_KEY, or give create_app() a transcribe function"
-            )
-        if len(audio_base64) > self.settings.max_attachment_bytes * 4 // 3 + 4:
-            raise Refused(413, f"A recording may have {self.settings.max_attachment_bytes:,} bytes")
-        try:
-            audio = base64.b64decode(audio_base64, validate=True)
-        except ValueError:  # binascii.Error, and what is not ASCII
-            raise Refused(400, "params.audio_base64: not base64") from None
-        if len(audio) > self.settings.max_attachment_bytes:
-            raise Refused(413, f"A recording may have {self.settings.max_attachment_bytes:,} bytes")
-        try:
-            return await self._transcribe(audio, mime_type.split(";")[0].strip().lower())
-        except Exception as error:
-            self.log_exception("dictation failed", error)
-            raise Refused(502, explain(error)[1]) from error
-
-    async def delete_conversation(self, user_id: str, conversation_id: int) -> None:
-        await self.conversation(user_id, conversation_id)
-        await self._end_turn(conversation_id)
-        if not await self.store.delete_conversation(user_id, conversation_id):
-            raise Refused(404, "Conversation not found")
-        await self._end_turn(conversation_id)  # one that began in between; it has nothing to write to any more
-
-    async def _end_turn(self, conversation_id: int) -> None:
-        turn = self.turns.get(conversation_id)
-        if turn is not None:
-            turn.stop("deleted")
-            await turn.wait()
-
-    async def cancel(self, user_id: str, conversation_id: int) -> None:
-        """Stop the running answer and keep what was said. Raises Refused."""
-        await self.conversation(user_id, conversation_id)
-        turn = self.turns.get(conversation_id)
-        if turn is None:
-            raise Refused(409, "Nothing is being answered here")
-        turn.stop("cancelled")
-        await turn.wait()
+SECRETS = {  # what looks like one
+    r"\b(sk|AIza|ghp|xox[bp])[-_A-Za-z0-9]{12,}": "[secret]",
+    r"\beyJ[\w-]+\.[\w-]+\.[\w-]*": "[token]",
+    r"(?i)\b(bearer|api[-_]?key|key)([\"']?\s*[=:]\s*[\"']?|\s+)[-_.A-Za-z0-9]{12,}": r"\1\2[secret]",
+}
 
 
 def redact(text: str, secret_values: list[str]) -> str:
     """A text without secrets: known ones, and what looks like a key or a token."""
     for secret in secret_values:
         text = text.replace(secret, "[secret]")
-    text = re.sub(r"\b(sk|AIza|ghp|xox[bp])[-_A-Za-z0-9]{12,}", "[secret]", text)
-    text = re.sub(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*", "[token]", text)
-    return re.sub(
-        r"(?i)\b(bearer|api[-_]?key|key)([\"']?\s*[=:]\s*[\"']?|\s+)[-_.A-Za-z0-9]{12,}", r"\1\2[secret]", text
-    )
+    for pattern, instead in SECRETS.items():
+        text = re.sub(pattern, instead, text)
+    return text
+
+
+# ======================================================================================================= Chat
+# What one app holds: its store, its agents, the turns that are running. Beginning turns, and stopping them.
+
+
+class Chat:
+    """One app's state. It opens when it is first needed, and closes with the event loop at the latest.
+
+    So it works under a server that runs its lifespan, mounted in another application, whose server does not,
+    and without any server.
+    """
+
+    def __init__(
+        self, settings: Settings, agent: AgentSource = None, store: Store | None = None, **handlers: Any
+    ) -> None:
+        """Raises SettingsError for an argument that makes no sense, and where the model cannot work."""
+        check_arguments(agent, store, **handlers)
+        self.settings = settings
+        self.store = store or Store(settings.database)
+        self.models = Models(settings)
+        self.agents = Agents(settings, self.models, agent)
+        self.is_todo = agent is None
+        own = toggle_task if self.is_todo else None
+        self.on_action: ActionHandler | None = handlers.get("on_action") or own
+        self.on_feedback: FeedbackHandler | None = handlers.get("on_feedback")
+        ours = self.models.transcribe if settings.openai_api_key else None
+        self.transcriber: Transcriber | None = handlers.get("transcribe") or ours
+        self.turns: set[Turn] = set()  # those that are running
+        self.answering: dict[int, Turn] = {}  # those of them in which an agent speaks, by conversation id
+        self.unsaved: set[Draft] = set()  # those with text that is not in the file
+        self._saving: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+
+    # ---- opening and closing
+
+    async def open(self, ending: str = "shutdown") -> None:
+        """Open all, unless it is open; `ending` is how turns end that run at its close. Raises StoreError."""
+        async with self._opening, contextlib.AsyncExitStack() as stack:
+            if self._keeper is not None and not self._keeper.done():
+                return
+            if self.store.is_open:
+                self.store.before_close.append(self.close)
+            else:
+                await stack.enter_async_context(self.store)
+                if self.store.shared:
+                    text = "Another server or notebook has %s open: each knows only of its own answers."
+                    log.warning(text, self.store.path)
+            stack.push_async_callback(self.models.close)
+            stack.push_async_callback(self.agents.close)
+            await self.agents.open()
+            stack.callback(lambda: self._saving and self._saving.cancel())
+            stack.push_async_callback(self.stop_turns, ending)
+            self._keeper = asyncio.create_task(self._keep(stack.pop_all()), name="keeper of the store")
+            await asyncio.sleep(0)  # a task that is cancelled before it began would close nothing
+
+    async def _keep(self, stack: contextlib.AsyncExitStack) -> None:
+        """Wait to be cancelled, by close() or by the end of the event loop, and close everything then."""
+        async with stack:
+            await asyncio.get_running_loop().create_future()
+
+    async def close(self) -> None:
+        self.store.before_close = [each for each in self.store.before_close if each != self.close]
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None and not keeper.done():
+            keeper.cancel()
+            await asyncio.wait([keeper])
+
+    async def stop_turns(self, reason: str = "shutdown", conversation_id: int | None = None) -> None:
+        """Save and end all that is running, everywhere or in one conversation."""
+        turns = [turn for turn in self.turns if turn.conversation]
+        turns = [turn for turn in turns if conversation_id in (None, turn.conversation_id)]
+        for turn in turns:
+            turn.stop(reason)
+        await asyncio.gather(*(turn.wait() for turn in turns))
+
+    # ---- what all turns share
+
+    def log_failure(self, what: str, error: BaseException) -> None:
+        """A line for the log; with a traceback for what nobody expected, and for all at level debug."""
+        code = explain(error)["code"]
+        text = f"{what}: {code}: {type(error).__name__}: {str(error)[:500]}"
+        if code == "internal" or log.isEnabledFor(logging.DEBUG):
+            text += "\n" + "".join(traceback.format_exception(error)).rstrip()
+        log.error("%s", redact(text, self.settings.secrets))
+
+    def save_soon(self, draft: Draft) -> None:
+        """Save a draft's text within SAVE_EVERY, all drafts at once: a hop for each is costly."""
+        self.unsaved.add(draft)
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.create_task(self._save_drafts())
+
+    async def _save_drafts(self) -> None:
+        while self.unsaved:
+            await asyncio.sleep(SAVE_EVERY)
+            drafts, self.unsaved = self.unsaved, set()
+            try:  # what a turn saves at its end stands in line behind this
+                await self.store.save_texts([(draft.text, draft.id, draft.turn.user_id) for draft in drafts])
+            except (sqlite3.Error, StoreError) as error:
+                log.warning("saving %d answers so far failed: %s", len(drafts), error)
+                self.unsaved |= {draft for draft in drafts if draft.turn.phase == "working"}
+
+    async def conversation(self, user_id: str, conversation_id: int) -> Row:
+        """Raises Refused where the user has no such conversation."""
+        return found(await self.store.conversation(user_id, conversation_id), "Conversation")
+
+    async def change_conversation(self, user_id: str, conversation_id: int, **changes: Any) -> Row:
+        """Rename, lock or annotate a conversation, and tell those who follow an answer. Raises Refused."""
+        row = await self.store.update_conversation(user_id, conversation_id, **changes)
+        changed = found(row, "Conversation")
+        for turn in self.turns:
+            if turn.conversation is not None and turn.conversation_id == conversation_id:
+                turn.thread_changed(changed)
+        return changed
+
+    async def delete_conversation(self, user_id: str, conversation_id: int) -> None:
+        """Raises Refused where there is none."""
+        await self.conversation(user_id, conversation_id)
+        await self.stop_turns("deleted", conversation_id)
+        await self.store.delete_conversation(user_id, conversation_id)
+        await self.stop_turns("deleted", conversation_id)  # what began in between
+
+    async def cancel(self, user_id: str, conversation_id: int) -> None:
+        """Stop the running answer and keep what was said. Raises Refused."""
+        await self.conversation(user_id, conversation_id)
+        turn = self.answering.get(conversation_id)
+        if turn is None:
+            raise Refused(409, "Nothing is being answered here")
+        turn.stop("cancelled")
+        await turn.wait()
+
+    # ---- beginning a turn: in the block of _beginning() it is prepared, and started
+
+    @contextlib.asynccontextmanager
+    async def _beginning(
+        self, caller: Caller, conversation_id: int | None, *, speaks: bool = True
+    ) -> AsyncIterator[Turn]:
+        """A place for a turn, in a conversation or in one that the block makes; given up if that raises."""
+        conversation = None
+        if conversation_id is not None:
+            conversation = await self.conversation(caller.user_id, conversation_id)
+            status, reason = conversation["status"], conversation["status_reason"]
+            if status != "active":
+                raise Refused(409, f"The conversation is {status}" + (f": {reason}" if reason else ""))
+            running = self.answering.get(conversation_id)
+            if speaks and running is not None and running.reason:  # stopped: the next may come at once
+                await running.wait()
+        if len(self.turns) >= self.settings.max_concurrent_turns:
+            raise Refused(503, "The server is busy. Try again in a moment.", retry_after=5)
+        mine = sum(turn.user_id == caller.user_id for turn in self.turns)
+        if caller.by_token and mine >= self.settings.max_turns_per_user:
+            raise Refused(429, "Too many answers are being written for you at once.", retry_after=5)
+        turn = Turn(self, caller)
+        self.turns.add(turn)
+        try:
+            if conversation is not None:
+                (self.enter if speaks else Turn.enter)(turn, conversation)
+            yield turn
+        except BaseException:
+            self.forget(turn)
+            raise
+
+    def enter(self, turn: Turn, conversation: Row) -> None:
+        """An agent is going to speak in this conversation, the only one at a time. Raises Refused."""
+        if self.answering.setdefault(conversation["id"], turn) is not turn:
+            raise Refused(409, "The conversation is being answered already")
+        if turn.conversation is None:
+            turn.enter(conversation)
+
+    def forget(self, turn: Turn) -> None:
+        self.turns.discard(turn)
+        if turn.conversation is not None and self.answering.get(turn.conversation_id) is turn:
+            del self.answering[turn.conversation_id]
+
+    async def begin_message(
+        self, caller: Caller, message: UserMessage, conversation_id: int | None = None
+    ) -> Turn:
+        """Keep a message, in a new conversation where none is named, and have it answered.
+
+        When this returns, the message is in the file. Raises Refused, sqlite3.Error, StoreError.
+        """
+        check_message(self, message)
+        title = " ".join(message.text.split()) or "(attachment)"
+        title = title if len(title) <= 50 else title[:50] + "..."
+        files = list(dict.fromkeys(message.attachments))
+        columns = {"content": message.text, "item": message.item}
+        async with self._beginning(caller, conversation_id) as turn:
+            try:
+                add = self.store.add_user_message(turn.user_id, conversation_id, title, columns, files)
+                conversation, row = await add
+            except LookupError as error:
+                raise Refused(404, str(error), by_doing="Attachment" in str(error)) from None
+            self.enter(turn, conversation)
+            turn.answer(row, is_first=conversation_id is None)
+        return turn
+
+    async def begin_retry(
+        self, caller: Caller, conversation_id: int, message_id: int | None = None, text: str | None = None
+    ) -> Turn:
+        """Remove all that came after a user's message, the last one if none is named, and answer it anew.
+
+        With `text`, in other words.
+        """
+        place, store = (caller.user_id, conversation_id), self.store
+        async with self._beginning(caller, conversation_id) as turn:
+            row = await (store.message(*place, message_id) if message_id else store.last_user_message(*place))
+            row, words = found(row, "Message"), {}
+            if row["role"] != "user":
+                raise Refused(400, "Only a user's message can be answered again")
+            if text is not None:
+                item = {name: part for name, part in (row["item"] or {}).items() if name != "content"}
+                files = [file["id"] for file in item.get("attachments") or []]
+                check_message(self, UserMessage.of(text, files))
+                words = {"content": text, "item": item or None}
+            row = await store.rewind(*place, row["id"], words)
+            turn.answer(found(row, "Message"), is_first=True)
+        return turn
+
+    async def begin_tool_output(
+        self, caller: Caller, conversation_id: int, result: Any, call_id: str | None = None
+    ) -> Turn:
+        """Complete the pending client tool call, the last one if none is named, and let the agent go on."""
+        async with self._beginning(caller, conversation_id) as turn:
+            for row in reversed(await self.store.pending_messages(turn.user_id, conversation_id)):
+                item = row["item"] or {}
+                if item.get("type") == "client_tool_call" and call_id in (None, item["call_id"]):
+                    output = {} if result is None else {"output": result}
+                    await self._go_on(turn, row, {**item, "status": "completed", **output}, result)
+                    return turn
+            raise Refused(409, "No client tool call is pending")
+
+    async def begin_answers(self, caller: Caller, conversation_id: int, item_id: int, given: Answers) -> Turn:
+        """Record the answers to pending questions, or that they were skipped, and let the agent go on."""
+        async with self._beginning(caller, conversation_id) as turn:
+            row = found(await self.store.message(turn.user_id, conversation_id, item_id), "Item")
+            if (row["item"] or {}).get("type") != "structured_input":
+                raise Refused(400, "This item asks nothing")
+            if row["status"] != "pending":
+                raise Refused(409, "This was answered already")
+            item = answered_item(row["item"], given.status, given.model_dump()["answers"])
+            await self._go_on(turn, row, item, answers_told(item))
+        return turn
+
+    async def _go_on(self, turn: Turn, row: Row, item: Row, result: Any) -> None:
+        """What the person's side gave becomes the call's result, and the agent takes its next step with it.
+
+        What a tool streamed itself has no call: the model is told of it as of any item. An approval has the
+        state of a run instead, from which that goes on.
+        """
+        text = result if isinstance(result, str) else to_json(result)
+        columns: Row = {"content": text, "item": item, "status": "done"}
+        resume = None
+        for call in row["tool_calls"] or []:
+            output = {"type": "function_call_output", "call_id": call["id"], "output": text}
+            columns["input"] = [*(row["input"] or []), output]
+            turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": result})
+        if isinstance(row["input"], dict):
+            columns["input"], resume = [], (row["input"]["run_state"], item)
+        changed = found(await self.store.update_message(turn.user_id, row["id"], **columns), "Conversation")
+        asked = await self.store.last_user_message(turn.user_id, turn.conversation_id)
+        if asked is not None:
+            turn.take_choices(asked)  # what was chosen for the message goes on
+        if item["type"] == "structured_input":  # the component knows itself what it gave a client tool
+            turn.show("thread.item.replaced", changed)
+        turn.start(functools.partial(speak, turn, resume))
+
+    # ---- actions, feedback, dictation
+
+    async def begin_action(
+        self, caller: Caller, conversation_id: int, item_id: int | None, action: Action
+    ) -> Turn:
+        """Have the action handler deal with a click in a widget, also while an answer is being written."""
+        async with self._beginning(caller, conversation_id, speaks=False) as turn:
+            handler, item = self.on_action, None
+            if handler is None:
+                raise Refused(400, "There is no on_action here: give create_app() one", by_doing=True)
+            if item_id is not None:
+                row = found(await self.store.message(turn.user_id, conversation_id, item_id), "Item")
+                if (row["item"] or {}).get("type") != "widget":
+                    raise Refused(400, "This item is not a widget")
+                item = thread_item(row, "")
+
+            async def work() -> None:
+                try:
+                    handled = handler(turn.context, action.model_dump(), item)
+                    if not hasattr(handled, "__aiter__"):
+                        await handled
+                        return
+                    async for event in handled:
+                        await turn.context.stream(event)
+                except (ValueError, LookupError) as error:
+                    raise Refused(400, "The action was refused") from error
+
+            turn.start(work)
+        return turn
+
+    async def act(
+        self, caller: Caller, conversation_id: int, item_id: int | None, action: Action
+    ) -> Row | None:
+        """The same without a stream: the widget as it is afterwards."""
+        turn = await self.begin_action(caller, conversation_id, item_id, action)
+        await turn.wait()
+        for event in turn.events:
+            if event["type"] == "error":
+                raise Refused(400 if event["code"] == "refused" else 500, event["message"])
+        return await self.store.message(caller.user_id, conversation_id, item_id) if item_id else None
+
+    async def give_feedback(
+        self, caller: Caller, conversation_id: int, item_ids: list[int], kind: str
+    ) -> None:
+        """Keep a thumb up or down, and tell the app's handler. Ids that are not here are of lost answers."""
+        conversation = await self.conversation(caller.user_id, conversation_id)
+        rows = await self.store.set_feedback(caller.user_id, conversation_id, item_ids, kind)
+        if self.on_feedback is not None and rows:
+            turn = Turn(self, caller)
+            turn.enter(conversation)
+            self.turns.add(turn)
+            items = [thread_item(row, "") for row in rows]
+            turn.start(functools.partial(self.on_feedback, turn.context, items, kind))
+            await turn.wait()
+
+    async def transcribe(self, audio: bytes, mime_type: str) -> str:
+        """What was said in a recording. Raises Refused."""
+        if self.transcriber is None:
+            raise Refused(501, "Dictation needs OPENAI_API_KEY, or create_app() a transcribe function")
+        said = self.transcriber(audio, mime_type)
+        [text_or_error] = await asyncio.gather(said, return_exceptions=True)
+        if isinstance(text_or_error, BaseException):
+            self.log_failure("dictation failed", text_or_error)
+            raise Refused(502, explain(text_or_error)["message"])
+        return text_or_error
+
+
+# ============================================================================================== Plain dialect
+# Events as anyone can read them: `id: <turn>-<n>`, `data: {json}`, and `data: [DONE]` at the end.
+# The format is the HTML standard's: https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+quote = json.encoder.encode_basestring  # a JSON string with its quotes: several times faster than json.dumps
+Encoder = Callable[[list[Event]], bytes]  # makes frames of the events that come next
+
+
+def plain_event(event: Event, base: str, show_tools: str) -> Event | None:
+    """An event as the README has it, None for what readers need not know; `base` is the app's own URL."""
+    kind = event["type"]
+    if kind in ITEM_EVENTS:
+        growing = kind == "thread.item.added" and event["row"]["role"] in ("assistant", "tool")
+        row = None if growing else as_shown(event["row"], show_tools)
+        return {"type": "item", "item": thread_item(row, base)} if row and row["item"] else None
+    if kind in ("tool_call", "tool_result") and show_tools != "full":
+        hidden: Row = {"args": {}} if kind == "tool_call" else {"result": None}
+        return None if show_tools == "none" else {**event, **hidden}
+    if kind == "thread.item.updated":
+        if event["update"]["type"] != "assistant_message.content_part.text_delta":
+            return None
+        return {"type": "text", "content": event["update"]["delta"], "message_id": int(event["item_id"])}
+    if kind == "thread.updated":
+        thread = event["conversation"]
+        return {"type": "thread_updated", **{name: thread[name] for name in ("title", "status", "metadata")}}
+    return PLAIN_FORM.get(kind, dict)(event)
+
+
+# What else there is of ChatKit's events; ours and unknown ones stay as they are.
+PLAIN_FORM: dict[str, Callable[[Event], Event | None]] = {
+    "thinking": lambda event: {"type": "thinking", "content": event["content"]},
+    "thread.item.removed": lambda event: {"type": "item_removed", "id": event["item_id"]},
+    "progress_update": lambda told: {"type": "progress", "content": told["text"], "icon": told.get("icon")},
+    "client_effect": lambda event: {"type": "effect", "name": event["name"], "data": event.get("data") or {}},
+    "notice": lambda event: {"title": None, **event},
+    "error": lambda event: {"message": None, "code": "custom", **event},
+    "stream_options": lambda event: None,
+}
+
+
+def plain_encoder(turn: Turn, base: str, last_event_id: str | None = None) -> Encoder:
+    """A turn as the plain dialect has it, without the frames up to `last_event_id`."""
+    known = re.fullmatch(turn.id + "-([0-9]{1,9})", last_event_id or "")
+    seen = int(known[1]) if known and int(known[1]) <= len(turn.events) else 0
+    number, show_tools = 0, turn.chat.settings.show_tools
+
+    def encode(events: list[Event]) -> bytes:
+        nonlocal number
+        frames = []
+        for event in events:
+            if event["type"] == "text":  # the hot path
+                text, message_id = event["content"], event["message_id"]
+                data = f'{{"type": "text", "content": {quote(text)}, "message_id": {message_id}}}'
+            elif shown := plain_event(event, base, show_tools):
+                data = to_json(shown)
+            else:
+                continue
+            number += 1
+            if number > seen:
+                frames.append(f"id: {turn.id}-{number}\ndata: {data}\n\n")
+        if events[-1]["type"] == "done":
+            frames.append("data: [DONE]\n\n")
+        return "".join(frames).encode()
+
+    return encode
 
 
 async def stream_agent(
     message: str,
     *,
-    agent: Agent[Any] | None = None,
+    agent: AgentSource = None,
     store: Store,
     user_id: str = "local",
     conversation_id: int | None = None,
@@ -2670,1224 +3643,929 @@ async def stream_agent(
             async for event in stream_agent("add buy milk", store=store):
                 print(event)
 
-    Goes on in `conversation_id`, or begins a new conversation, whose id is in the first event. Leaving the loop early
-    stops the answer. Raises Refused, with a status and a detail as in the HTTP API; a failing model does not raise,
-    it is an `error` event.
+    Goes on in `conversation_id`, or begins a new conversation, whose id is in the first event. Leaving the
+    loop early stops the answer. Raises Refused, with a status and a detail as in the HTTP API; a failing
+    model does not raise, it is an `error` event.
     """
     chat = Chat(settings or Settings.from_env(), agent, store=store)
-    await chat.open()
+    await chat.open(ending="cancelled")
     try:
-        turn = await chat.begin_message(Caller(user_id), UserMessage(message), conversation_id)
-        try:
-            async for event in turn.follow():
-                yield event
-        finally:
-            turn.stop("cancelled")
-            await turn.wait()
+        turn, seen = await chat.begin_message(Caller(user_id), UserMessage.of(message), conversation_id), 0
+        while turn.phase != "over" or seen < len(turn.events):
+            await turn.wait_beyond(seen)
+            for event in turn.events[seen:]:
+                seen += 1
+                if shown := plain_event(event, "", chat.settings.show_tools):
+                    yield shown
     finally:
         await chat.close()
 
 
-# =================================================================================================== Plain dialect
-# Events as anyone can read them: `id: <turn>-<n>`, `data: {json}`, and `data: [DONE]` at the end.
-# The format of a stream is the HTML standard's: https://html.spec.whatwg.org/multipage/server-sent-events.html
-
-
-class Encoder(Protocol):
-    """Turns a turn's events into the bytes of a stream, for one reader."""
-
-    def begin(self) -> bytes: ...
-
-    def encode(self, seen: int, events: list[Event]) -> bytes:
-        """`events` come after the first `seen` ones."""
-
-    def end(self) -> bytes: ...
-
-
-quote = json.encoder.encode_basestring  # a JSON string with its quotes: several times faster than json.dumps
-to_json = json.JSONEncoder(ensure_ascii=False).encode
-
-
-class PlainEncoder:
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
-
-    def begin(self) -> bytes:
-        return b""
-
-    def encode(self, seen: int, events: list[Event]) -> bytes:
-        frames = []
-        for number, event in enumerate(events, seen + 1):
-            if event["type"] == "text":
-                data = f'{{"type": "text", "content": {quote(event["content"])}, "message_id": {event["message_id"]}}}'
-            elif event["type"] == "item":
-                continue
-            else:
-                data = to_json(event)
-            frames.append(f"id: {self.turn.id}-{number}\ndata: {data}\n\n")
-        return "".join(frames).encode()
-
-    def end(self) -> bytes:
-        return b"data: [DONE]\n\n"
-
-    def seen_by(self, last_event_id: str | None) -> int:
-        """How many events a reader has that comes back with this Last-Event-ID; 0 if it is not one of this turn's."""
-        turn_id, _, number = (last_event_id or "").rpartition("-")
-        if turn_id != self.turn.id or not re.fullmatch(r"[0-9]{1,9}", number):
-            return 0
-        return int(number) if int(number) <= len(self.turn.events) else 0
-
-
-def plain_message(body: Row) -> tuple[UserMessage, int | None]:
-    """The body of a plain request: the message, and the conversation it goes on in. Raises Refused."""
-    text, files = body.get("message"), body.get("attachments", [])
-    if not isinstance(text, str) or not text.strip():
-        raise Refused(400, "Message is required")
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise Refused(400, "attachments must be a list of ids")
-    for name in ("model", "tool_choice"):
-        if not isinstance(body.get(name), (str, type(None))):
-            raise Refused(400, f"{name} must be text")
-    message = UserMessage(text, attachments=files, model=body.get("model"), tool_choice=body.get("tool_choice"))
-    thread_id = body.get("thread_id")
-    return message, None if thread_id is None else row_id(thread_id, "Conversation")
-
-
-def row_id(value: object, what: str) -> int:
-    """A row's id from the wire, a whole number or its decimal string. Raises Refused (404) for what cannot be one."""
-    if type(value) is int or (isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value)):
-        number = int(cast(Any, value))
-        if 0 < number < 2**63:
-            return number
-    raise Refused(404, f"{what} not found")
-
-
-def rest_conversation(conversation: Row) -> Row:
-    return {name: conversation[name] for name in ("id", "title", "created_at", "updated_at")}
-
-
-def rest_message(row: Row) -> Row:
-    names = ("id", "role", "content", "tool_calls", "status", "feedback", "created_at")
-    message = {name: row[name] for name in names}
-    if row["extra"]:
-        message["extra"] = row["extra"]
-    return message
-
-
-# ================================================================================================= ChatKit dialect
+# ============================================================================================ ChatKit dialect
 # The protocol of OpenAI's <openai-chatkit> component. Its source is the official Python SDK, openai-chatkit:
 # chatkit/types.py has the types, chatkit/server.py the behaviour. Here a conversation is called a thread.
-# Ids on the wire are our row ids as text.
 
-DEFAULT_PAGE = 20
-
-
-class Wire(BaseModel):
-    """A part of a request. Fields that it does not name are ignored, as the SDK does."""
-
-    model_config = ConfigDict(extra="ignore")
+DEFAULT_PAGE, MOST_THREADS, MOST_ITEMS = 20, 10_000, 1000
+FileName = Annotated[str, Field(min_length=1, max_length=255)]
 
 
-class TextPart(Wire):
-    type: Literal["input_text"]
-    text: str
+@dataclass(frozen=True)
+class Call:
+    """One request of the protocol: what its operation needs beside its parameters."""
+
+    chat: Chat
+    caller: Caller
+    base: str  # the app's own URL
+
+    async def items(self, rows: list[Row]) -> list[Row]:
+        """Rows as thread items, images with their bytes where the component could not load them from here."""
+        if not self.base.startswith("https:"):
+            rows = await with_files(self.chat.store, self.caller.user_id, rows, "image/")
+        shown = (as_shown(row, self.chat.settings.show_tools) for row in rows)
+        return [thread_item(row, self.base) for row in shown if row]
+
+    async def answer(self, given: Any) -> Response:
+        """Do what was asked, a body of one of OPERATIONS."""
+        self.caller.request_context["metadata"] = given.metadata
+        operation, params = OPERATIONS[given.type], dict(given.params)
+        if not operation.streams:
+            return JSONResponse(await operation.run(self, **params))
+        turn: Turn = await operation.run(self.chat, self.caller, *params.values())
+        first: list[Event] = []
+        if given.type == "threads.create":
+            first.append({"type": "thread.created", "thread": thread_json(cast(Row, turn.conversation))})
+        if given.type in ("threads.create", "threads.add_user_message"):  # which tells it the message's id
+            [item] = await self.items([cast(Row, turn.user_message)])
+            first.append({"type": "thread.item.done", "item": item})
+        stop_on_leave = self.chat.settings.on_disconnect == "cancel"
+        return event_stream(turn, chatkit_encoder(turn, self.base, first), stop_on_leave)
 
 
-class TagPart(Wire):
-    type: Literal["input_tag"]
-    id: str
-    text: str
-    data: dict[str, Any]
-    group: str | None = None
-    interactive: bool = False
+class Operation(NamedTuple):
+    """One of the protocol's: what does it, the type of its request, and whether a turn comes of it."""
+
+    run: Callable[..., Awaitable[Any]]
+    body: type[BaseModel]
+    streams: bool
 
 
-class ToolChoice(Wire):
-    id: str
+OPERATIONS: dict[str, Operation] = {}
 
 
-class InferenceOptions(Wire):
-    model: str | None = None
-    tool_choice: ToolChoice | None = None
+def operation(name: str, **given: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of a Call, whose other parameters are the operation's.
+
+    Or, where their types are `given`, a method of Chat that begins a turn, and takes them in this order.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        fields: Row = dict(given)
+        for each in () if given else [*inspect.signature(run, eval_str=True).parameters.values()][1:]:
+            fields[each.name] = (each.annotation, ... if each.default is each.empty else each.default)
+        title = re.sub("[._]", "", name.title())
+        params: Any = create_model(title + "Params", **fields)
+        body: Any = {"type": Literal[name], "params": (params, Field({}, validate_default=True))}
+        about = cast(str, run.__doc__).split("\n\n")[0]
+        model = create_model(title, __doc__=about, **body, metadata=(dict[str, Any], {}))
+        OPERATIONS[name] = Operation(run, model, streams=bool(given))
+        return run
+
+    return register
 
 
-class MessageInput(Wire):
-    content: list[Annotated[TextPart | TagPart, Field(discriminator="type")]]
-    attachments: list[str] = []
-    quoted_text: str | None = None
-    inference_options: InferenceOptions = InferenceOptions()
-
-    def message(self) -> UserMessage:
-        text = "".join(part.text if part.type == "input_text" else f"@{part.text}" for part in self.content)
-        simple = len(self.content) == 1 and self.content[0].type == "input_text"
-        choice = self.inference_options.tool_choice
-        return UserMessage(
-            text,
-            parts=None if simple else [part.model_dump(exclude_none=True) for part in self.content],
-            attachments=self.attachments,
-            quoted_text=self.quoted_text,
-            model=self.inference_options.model,
-            tool_choice=choice.id if choice else None,
-        )
+operation("threads.create", input=UserMessage)(Chat.begin_message)
+operation("threads.add_user_message", input=UserMessage, thread_id=ThreadId)(Chat.begin_message)
+operation("threads.retry_after_item", thread_id=ThreadId, item_id=ItemId)(Chat.begin_retry)
+operation("threads.add_client_tool_output", thread_id=ThreadId, result=(Any, None))(Chat.begin_tool_output)
+operation("threads.add_structured_input", thread_id=ThreadId, item_id=ItemId, input=Answers)(
+    Chat.begin_answers
+)
+operation("threads.custom_action", thread_id=ThreadId, item_id=(ItemId | None, None), action=Action)(
+    Chat.begin_action
+)
 
 
-class InThread(Wire):
-    thread_id: str
+@operation("threads.sync_custom_action")
+async def sync_custom_action(
+    call: Call, thread_id: ThreadId, action: Action, item_id: ItemId | None = None
+) -> Row:
+    """Have the action handler deal with a click; what comes back is the widget as it is afterwards."""
+    row = await call.chat.act(call.caller, thread_id, item_id, action)
+    return {"updated_item": (await call.items([row]))[0]} if row else {}
 
 
-class PageParams(Wire):
-    limit: int | None = Field(default=None, ge=1, le=100)
-    order: Literal["asc", "desc"] = "desc"
-    after: str | None = None
+@operation("threads.list")
+async def list_threads(
+    call: Call, limit: Limit = None, order: Order = "desc", after: ThreadId | None = None
+) -> Row:
+    """A page of threads, without their items."""
+    chat, user_id, most = call.chat, call.caller.user_id, min(limit or DEFAULT_PAGE, MOST_THREADS)
+    if after is not None:
+        await chat.conversation(user_id, after)
+    rows = await chat.store.conversation_page(user_id, most + 1, order, after)
+    return page_json([thread_json(row) for row in rows], most)
 
 
-class CreateParams(Wire):
-    input: MessageInput
+@operation("threads.get_by_id")
+async def get_thread(call: Call, thread_id: ThreadId) -> Row:
+    """A thread with its oldest items; the component asks for the rest."""
+    conversation = await call.chat.conversation(call.caller.user_id, thread_id)
+    return thread_json(conversation, await list_items(call, thread_id, order="asc"))
 
 
-class AddMessageParams(InThread):
-    input: MessageInput
+@operation("threads.update")
+async def rename_thread(call: Call, thread_id: ThreadId, title: Title) -> Row:
+    """A thread gets another title."""
+    return thread_json(await call.chat.change_conversation(call.caller.user_id, thread_id, title=title))
 
 
-class ItemParams(InThread):
-    item_id: str
+@operation("threads.delete")
+async def delete_thread(call: Call, thread_id: ThreadId) -> Row:
+    """A thread goes, with all that is in it."""
+    await call.chat.delete_conversation(call.caller.user_id, thread_id)
+    return {}
 
 
-class ItemsPageParams(PageParams, InThread):
-    """A page, and the thread that it is of."""
+@operation("items.list")
+async def list_items(
+    call: Call, thread_id: ThreadId, limit: Limit = None, order: Order = "desc", after: ItemId | None = None
+) -> Row:
+    """A page of a thread's items."""
+    chat, user_id, most = call.chat, call.caller.user_id, min(limit or DEFAULT_PAGE, MOST_ITEMS)
+    await chat.conversation(user_id, thread_id)
+    if after is not None:
+        found(await chat.store.message(user_id, thread_id, after), "Item")
+    hide = "tool" if chat.settings.show_tools == "none" else "system"
+    rows = await chat.store.message_page(user_id, thread_id, most + 1, order, after, hide)
+    return page_json(await call.items(rows), most)
 
 
-class RenameParams(InThread):
-    title: str
+@operation("items.feedback")
+async def give_feedback(
+    call: Call, thread_id: ThreadId, item_ids: list[str], kind: Literal["positive", "negative"]
+) -> Row:
+    """Thumbs up or down. Ids that are not ours are those of answers that never came."""
+    known = list(filter(None, map(as_row_id, item_ids)))
+    await call.chat.give_feedback(call.caller, thread_id, known, kind)
+    return {}
 
 
-class FeedbackParams(InThread):
-    item_ids: list[str] = Field(max_length=100)
-    kind: Literal["positive", "negative"]
+@operation("attachments.create")
+async def create_attachment(call: Call, name: FileName, size: NonNegativeInt, mime_type: str) -> Row:
+    """Announce a file; its bytes go to the URL that comes back."""
+    mime_type = check_file(call.chat.settings, mime_type, size)
+    file = await call.chat.store.add_attachment(call.caller.user_id, name, mime_type, size)
+    return attachment_json(file, call.base, upload=True)
 
 
-class ToolOutputParams(InThread):
-    result: Any
+@operation("attachments.delete")
+async def delete_attachment(call: Call, attachment_id: str) -> Row:
+    """A file that was not sent goes."""
+    if not await call.chat.store.delete_attachment(call.caller.user_id, attachment_id):
+        raise Refused(404, "Attachment not found, or sent already")
+    return {}
 
 
-class Answer(Wire):
-    values: list[str] = []
-    skipped: bool = False
-
-
-class Answers(Wire):
-    status: Literal["answered", "skipped"] = "answered"
-    answers: dict[str, Answer] = {}
-
-
-class AnswersParams(ItemParams):
-    input: Answers
-
-
-class Action(Wire):
-    type: str
-    payload: Any = None
-
-
-class ActionParams(InThread):
-    item_id: str | None = None
-    action: Action
-
-
-class NewAttachmentParams(Wire):
-    name: str = Field(min_length=1, max_length=255)
-    size: int = Field(ge=1)
-    mime_type: str
-
-
-class AttachmentParams(Wire):
-    attachment_id: str
-
-
-class AudioParams(Wire):
-    audio_base64: str
-    mime_type: str
-
-
-OPERATIONS: dict[str, type[Wire]] = {
-    "threads.create": CreateParams,
-    "threads.add_user_message": AddMessageParams,
-    "threads.retry_after_item": ItemParams,
-    "threads.add_client_tool_output": ToolOutputParams,
-    "threads.add_structured_input": AnswersParams,
-    "threads.custom_action": ActionParams,
-    "threads.sync_custom_action": ActionParams,
-    "threads.list": PageParams,
-    "threads.get_by_id": InThread,
-    "threads.update": RenameParams,
-    "threads.delete": InThread,
-    "items.list": ItemsPageParams,
-    "items.feedback": FeedbackParams,
-    "attachments.create": NewAttachmentParams,
-    "attachments.delete": AttachmentParams,
-    "input.transcribe": AudioParams,
-}
+@operation("input.transcribe")
+async def transcribe_audio(call: Call, audio_base64: str, mime_type: str) -> Row:
+    """Speech to text."""
+    try:
+        audio = base64.b64decode(audio_base64, validate=True)
+    except ValueError:
+        raise Refused(400, "params.audio_base64: not base64") from None
+    mime_type = check_file(call.chat.settings, mime_type, len(audio))
+    return {"text": await call.chat.transcribe(audio, mime_type)}
 
 
 def thread_json(conversation: Row, items: Row | None = None) -> Row:
-    status = {"type": conversation["status"]}
-    if conversation["status"] != "active" and conversation["status_reason"]:
-        status["reason"] = conversation["status_reason"]
-    return {
-        "title": conversation["title"],
-        "id": str(conversation["id"]),
-        "created_at": conversation["created_at"],
-        "status": status,
-        "metadata": {},
-        "items": items or page_json([], False),
-    }
+    thread = {name: conversation[name] for name in ("title", "created_at", "metadata")}
+    thread |= {"id": str(conversation["id"]), "status": status_json(conversation)}
+    return {**thread, "items": items or page_json([], 0)}
 
 
-def page_json(data: list[Row], more: bool) -> Row:
-    page: Row = {"data": data, "has_more": more}
-    if more:
-        page["after"] = data[-1]["id"]
-    return page
+def page_json(data: list[Row], most: int) -> Row:
+    """A page of at most so many: what there is beyond is only to know that there is more."""
+    more = len(data) > most
+    return {"data": data[:most], "has_more": more, **({"after": data[most - 1]["id"]} if more else {})}
 
 
-def output_text(text: str) -> Row:
-    return {"annotations": [], "text": text, "type": "output_text"}
+def chatkit_event(event: Event, base: str, show_tools: str) -> Event | None:
+    """The protocol's event for one of ours; those that are the protocol's already pass."""
+    kind = event["type"]
+    if kind in ITEM_EVENTS:
+        row = as_shown(event["row"], show_tools)
+        item = thread_item(row, base) if row else None
+        if item and kind == "thread.item.added" and item["type"] == "assistant_message":
+            item["content"] = []
+        return {"type": kind, "item": item} if item else None
+    if kind == "tool_call" and show_tools != "none":
+        return {"type": "progress_update", "text": f"Running {event['name']}"}
+    if kind == "error":
+        return error_json(event.get("message"), bool(event.get("allow_retry")))
+    if kind == "thread.updated":
+        return {"type": kind, "thread": thread_json(event["conversation"])}
+    if kind == "thread":
+        return {"type": "stream_options", "stream_options": {"allow_cancel": True}}
+    return None if kind in ("thinking", "tool_call", "tool_result", "done") else event
 
 
-def attachment_json(file: Row, base: str, *, upload: bool = False, thread_id: str | None = None) -> Row:
-    """An attachment; with `upload`, where its bytes are to be sent. `base` is the app's own URL."""
-    url = f"{base}/attachments/{file['id']}?key={file['key']}"
-    image = file["mime_type"].startswith("image/")
-    attachment = {"id": file["id"], "name": file["name"], "mime_type": file["mime_type"]}
-    if upload:
-        attachment["upload_descriptor"] = {"url": url, "method": "POST", "headers": {}}
-    if thread_id is not None:
-        attachment["thread_id"] = thread_id
-    attachment["type"] = "image" if image else "file"
-    return {**attachment, "preview_url": url} if image else attachment
+def error_json(message: str | None, allow_retry: bool) -> Row:
+    told = {"code": "custom", "message": message} if message else {"code": "stream.error"}
+    return {"type": "error", **told, "allow_retry": allow_retry}
 
 
-def item_json(row: Row, base: str) -> Row:
-    """A stored item as a thread item; `base` is the app's own URL."""
-    extra, role = row["extra"], row["role"]
-    item: Row = {"id": str(row["id"]), "thread_id": str(row["conversation_id"]), "created_at": row["created_at"]}
-    call = row["tool_calls"][0] if row["tool_calls"] else {"id": "", "name": "", "args": {}}
-    if role == "user":
-        item["type"] = "user_message"
-        text = [{"type": "input_text", "text": row["content"]}] if row["content"] else []
-        item["content"] = extra.get("parts") or text
-        files = extra.get("attachments") or []
-        item["attachments"] = [attachment_json(file, base, thread_id=item["thread_id"]) for file in files]
-        if extra.get("quoted_text"):
-            item["quoted_text"] = extra["quoted_text"]
-        item["inference_options"] = {}
-        if extra.get("tool_choice"):
-            item["inference_options"]["tool_choice"] = {"id": extra["tool_choice"]}
-        if extra.get("model"):
-            item["inference_options"]["model"] = extra["model"]
-    elif role == "assistant":
-        item["type"] = "assistant_message"
-        item["content"] = [output_text(row["content"])]
-    elif role == "reasoning":
-        thought = {"type": "thought", "content": row["content"], "status_indicator": "complete"}
-        item["type"] = "workflow"
-        item["workflow"] = {"type": "reasoning", "tasks": [thought], "expanded": False}
-    elif role == "widget":
-        item["type"] = "widget"
-        item["widget"] = extra.get("widget", {"type": "Card", "children": []})
-        if row["content"]:
-            item["copy_text"] = row["content"]
-    elif role == "input":
-        skipped = row["status"] != "pending" and extra.get("answered") != "answered"
-        item["type"] = "structured_input"
-        item["status"] = "pending" if row["status"] == "pending" else "skipped" if skipped else "answered"
-        item["inputs"] = extra.get("inputs", [])
-    elif "client" in extra:
-        item["type"] = "client_tool_call"
-        item["status"] = "pending" if row["status"] == "pending" else "completed"
-        item["call_id"] = call["id"]
-        item["name"] = extra["client"]["name"]
-        item["arguments"] = extra["client"]["arguments"]
-        if extra.get("output") is not None:
-            item["output"] = extra["output"]
-    else:
-        running = row["status"] == "streaming"
-        item["type"] = "task"
-        item["task"] = {
-            "type": "custom",
-            "title": call["name"],
-            "content": to_json(call["args"]) + (f"\n{row['content']}" if row["content"] else ""),
-            "status_indicator": "loading" if running else "complete" if row["status"] == "done" else "none",
-        }
-    return item
+def chatkit_encoder(turn: Turn, base: str, first: list[Event]) -> Encoder:
+    """A turn as the protocol has it, with `first` in front of its events."""
+    show_tools, thoughts = turn.chat.settings.show_tools, dict[int, str]()  # as told so far, by row
 
-
-class ChatKitEncoder:
-    """A turn's events as the protocol's. What begins the stream depends on the operation."""
-
-    def __init__(self, turn: Turn, base: str, *, created: bool = False, new_message: bool = False) -> None:
-        self.turn = turn
-        self.base = base
-        self.created = created
-        self.new_message = new_message
-        self._thought: str | None = None  # what the growing workflow item says so far
-        self._thought_id = ""
-
-    def begin(self) -> bytes:
-        events: list[Row] = []
-        if self.created:
-            events.append({"type": "thread.created", "thread": thread_json(self.turn.conversation)})
-        if self.new_message and self.turn.user_message is not None:
-            events.append({"type": "thread.item.done", "item": item_json(self.turn.user_message, self.base)})
-        events.append({"type": "stream_options", "stream_options": {"allow_cancel": True}})
-        return "".join(self._frame(event) for event in events).encode()
-
-    def encode(self, seen: int, events: list[Event]) -> bytes:
-        frames: list[str] = []
-        for event in events:
-            if event["type"] == "text":
+    def encode(events: list[Event]) -> bytes:
+        frames, thought = [], ""
+        for event, following in itertools.pairwise([*events, {}]):
+            if event["type"] == "text":  # the hot path
                 frames.append(
                     f'data: {{"type":"thread.item.updated","item_id":"{event["message_id"]}","update":'
                     '{"type":"assistant_message.content_part.text_delta","content_index":0,'
                     f'"delta":{quote(event["content"])}}}}}\n\n'
                 )
-            else:
-                frames += map(self._frame, self._translate(event))
+                continue
+            shown = [chatkit_event(event, base, show_tools)]
+            if event["type"] == "thread":
+                shown = [*first, *shown]
+            elif event["type"] == "thinking" and "item_id" in event:
+                row_id, thought = event["item_id"], thought + event["content"]
+                if following.get("item_id") != row_id:  # each tells all, so the last of these will do
+                    change = "updated" if row_id in thoughts else "added"
+                    thoughts[row_id], thought = thoughts.get(row_id, "") + thought, ""
+                    task = thought_item(thoughts[row_id])["workflow"]["tasks"][0]
+                    update = {"type": f"workflow.task.{change}", "task_index": 0, "task": task}
+                    shown = [{"type": "thread.item.updated", "item_id": str(row_id), "update": update}]
+            frames += [f"data: {to_json(each)}\n\n" for each in shown if each]
         return "".join(frames).encode()
 
-    def end(self) -> bytes:
-        return b""
-
-    @staticmethod
-    def _frame(event: Row) -> str:
-        return f"data: {to_json(event)}\n\n"
-
-    def _translate(self, event: Event) -> list[Row]:
-        """The protocol's events for one of ours; mostly one or none."""
-        kind = event["type"]
-        if kind == "item":
-            return self._item(event["change"], event["row"])
-        if kind == "thinking" and event.get("content"):
-            if self._thought is None:
-                return [{"type": "progress_update", "text": event["content"]}]
-            update = "workflow.task.updated" if self._thought else "workflow.task.added"
-            self._thought += event["content"]
-            thought = {"type": "thought", "content": self._thought, "status_indicator": "loading"}
-            return [self._update(self._thought_id, {"type": update, "task_index": 0, "task": thought})]
-        if kind == "tool_call":
-            return [{"type": "progress_update", "text": f"Running {event['name']}"}]
-        if kind == "progress":
-            return [_without_none({"type": "progress_update", "icon": event["icon"], "text": event["content"]})]
-        if kind == "effect":
-            return [{"type": "client_effect", "name": event["name"], "data": event["data"]}]
-        if kind == "notice":
-            return [_without_none(event)]
-        if kind == "error":
-            retry = event["allow_retry"]
-            return [{"type": "error", "code": "custom", "message": event["message"], "allow_retry": retry}]
-        return []
-
-    def _item(self, change: str, row: Row) -> list[Row]:
-        item = item_json(row, self.base)
-        if change == "replaced":
-            return [{"type": "thread.item.replaced", "item": item}]
-        if change == "added" and row["role"] == "assistant":
-            item["content"] = []
-            added = {"type": "assistant_message.content_part.added", "content_index": 0, "content": output_text("")}
-            return [{"type": "thread.item.added", "item": item}, self._update(item["id"], added)]
-        if change == "added":
-            self._thought, self._thought_id = "", item["id"]
-            item["workflow"]["tasks"] = []
-            return [{"type": "thread.item.added", "item": item}]
-        done: list[Row] = [{"type": "thread.item.done", "item": item}]
-        if row["role"] == "assistant":
-            part = {"type": "assistant_message.content_part.done", "content_index": 0, "content": item["content"][0]}
-            done.insert(0, self._update(item["id"], part))
-        elif row["role"] == "reasoning":
-            self._thought = None
-        return done
-
-    @staticmethod
-    def _update(item_id: str, update: Row) -> Row:
-        return {"type": "thread.item.updated", "item_id": item_id, "update": update}
-
-
-def _without_none(event: Row) -> Row:
-    return {name: value for name, value in event.items() if value is not None}
-
-
-async def answer_chatkit(chat: Chat, caller: Caller, body: Row, base: str) -> Response:
-    """One request of the protocol; `base` is the app's own URL. Raises Refused."""
-    operation = body["type"]
-    if not isinstance(operation, str) or operation not in OPERATIONS:
-        raise Refused(400, f"Unknown type {str(operation)[:100]!r}")
-    try:
-        params: Any = OPERATIONS[operation].model_validate(body.get("params", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("params", *first["loc"])))
-        raise Refused(400, f"{where}: {first['msg']}") from None
-    user_id, store = caller.user_id, chat.store
-    thread_id = row_id(params.thread_id, "Thread") if isinstance(params, InThread) else 0
-
-    def stream(turn: Turn, **begins: bool) -> Response:
-        leave = None if chat.settings.on_disconnect == "continue" else lambda: turn.stop("cancelled")
-        return EventStream(turn, ChatKitEncoder(turn, base, **begins), on_leave=leave)
-
-    if operation == "threads.create":
-        turn = await chat.begin_message(caller, params.input.message())
-        return stream(turn, created=True, new_message=True)
-    if operation == "threads.add_user_message":
-        return stream(await chat.begin_message(caller, params.input.message(), thread_id), new_message=True)
-    if operation == "threads.retry_after_item":
-        return stream(await chat.begin_retry(caller, thread_id, row_id(params.item_id, "Item")))
-    if operation == "threads.add_client_tool_output":
-        return stream(await chat.begin_tool_output(caller, thread_id, params.result))
-    if operation == "threads.add_structured_input":
-        answers = {key: answer.model_dump() for key, answer in params.input.answers.items()}
-        item_id = row_id(params.item_id, "Item")
-        return stream(await chat.begin_answers(caller, thread_id, item_id, params.input.status, answers))
-    if operation in ("threads.custom_action", "threads.sync_custom_action"):
-        item = None if params.item_id is None else row_id(params.item_id, "Item")
-        action = params.action.model_dump()
-        if operation == "threads.custom_action":
-            return stream(await chat.begin_action(caller, thread_id, item, action))
-        row = await chat.act(caller, thread_id, item, action)
-        return JSONResponse({"updated_item": item_json(row, base)} if row else {})
-    if operation == "threads.list":
-        after = None if params.after is None else row_id(params.after, "Thread")
-        if after is not None:
-            await chat.conversation(user_id, after)
-        rows, more = await store.conversation_page(user_id, params.limit or DEFAULT_PAGE, params.order, after)
-        return JSONResponse(page_json([thread_json(row) for row in rows], more))
-    if operation == "attachments.create":
-        mime_type = check_file(chat.settings, params.mime_type, params.size)
-        file = await store.add_attachment(user_id, params.name, mime_type, params.size)
-        return JSONResponse(attachment_json(file, base, upload=True))
-    if operation == "attachments.delete":
-        if not await store.delete_attachment(user_id, params.attachment_id):
-            raise Refused(404, "Attachment not found, or sent already")
-        return JSONResponse({})
-    if operation == "input.transcribe":
-        return JSONResponse({"text": await chat.transcribe(params.audio_base64, params.mime_type)})
-    conversation = await chat.conversation(user_id, thread_id)
-    if operation == "threads.get_by_id":
-        rows, more = await store.message_page(user_id, thread_id, DEFAULT_PAGE, "asc", None)
-        return JSONResponse(thread_json(conversation, page_json([item_json(row, base) for row in rows], more)))
-    if operation == "threads.update":
-        return JSONResponse(thread_json(await rename(chat, user_id, thread_id, params.title)))
-    if operation == "threads.delete":
-        await chat.delete_conversation(user_id, thread_id)
-        return JSONResponse({})
-    if operation == "items.list":
-        after = None if params.after is None else row_id(params.after, "Item")
-        if after is not None and await store.message(user_id, thread_id, after) is None:
-            raise Refused(404, "Item not found")
-        rows, more = await store.message_page(user_id, thread_id, params.limit or DEFAULT_PAGE, params.order, after)
-        return JSONResponse(page_json([item_json(row, base) for row in rows], more))
-    assert operation == "items.feedback"
-    item_ids = [row_id(item_id, "Item") for item_id in params.item_ids]
-    if await store.set_feedback(user_id, thread_id, item_ids, params.kind) < len(set(item_ids)):
-        raise Refused(404, "Item not found")
-    return JSONResponse({})
+    return encode
 
 
 def check_file(settings: Settings, mime_type: str, size: int = 0) -> str:
-    """A file's type without its parameters. Raises Refused for what is not a type, and for what is too large."""
+    """A file's type without its parameters. Raises Refused for what is none, and for what is too large."""
     if size > settings.max_attachment_bytes:
         raise Refused(413, f"A file may have {settings.max_attachment_bytes:,} bytes")
     mime_type = mime_type.split(";")[0].strip().lower() or "application/octet-stream"
     if not re.fullmatch(r"[a-z0-9][\w.+-]{0,99}/[a-z0-9][\w.+-]{0,99}", mime_type, re.ASCII):
-        raise Refused(400, "params.mime_type: not a media type")
+        raise Refused(400, "mime_type: not a media type")
     return mime_type
 
 
-async def rename(chat: Chat, user_id: str, conversation_id: int, title: object) -> Row:
-    """The conversation with its new title. Raises Refused."""
-    if not isinstance(title, str) or not 1 <= len(title.strip()) <= 200:
-        raise Refused(400, "title must be text of 1 to 200 characters")
-    conversation = await chat.store.rename_conversation(user_id, conversation_id, title.strip())
-    if conversation is None:
-        raise Refused(404, "Conversation not found")
-    return conversation
+# =============================================================================================== Who may call
+# Origins, tokens, and what a body may be.
+
+LOOPBACK = re.compile(r"(.+\.)?localhost\.?|(::ffff:)?127(\.\d{1,3}){3}|::1", re.IGNORECASE)  # this machine
+MAX_BODY = 1024 * 1024  # bytes of JSON, but for recordings
 
 
-# ============================================================================================================ HTTP
-# create_app(), who may call, the routes.
+class GuardedRoute(APIRoute):
+    """A route that only those reach who may, with a body of the kind that it takes.
 
-KEEP_ALIVE = 15.0  # seconds of silence after which a comment keeps proxies from closing a stream
-COALESCE = 0.008  # seconds between two chunks of a stream that flows: nobody sees it, and a hundred streams feel it
-COALESCE_EACH = 0.00025  # or this for each stream that runs, if that is more: at 200 it saves a tenth of the CPU
-COALESCE_MOST = 0.1
-CHUNK = 1000  # events in one chunk at most: a reader that stopped reading keeps one in memory, not the whole answer
-MAX_BODY = 1024 * 1024  # bytes
-
-
-class EventStream(Response):
-    """A turn as server-sent events, from the `seen`-th event on, until it ends or the reader leaves.
-
-    A reader that takes all its time holds up nobody: `send` waits for it here, and the turn goes on.
+    A page on another site can post text or a form to localhost without asking, but not JSON.
     """
 
-    def __init__(
-        self, turn: Turn, encoder: Encoder, *, seen: int = 0, on_leave: Callable[[], None] | None = None
-    ) -> None:
-        super().__init__(
-            media_type="text/event-stream",
-            headers={"X-Thread-Id": str(turn.conversation_id), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
-        del self.headers["content-length"]
-        self.turn = turn
-        self.encoder = encoder
-        self.seen = seen
-        self.on_leave = on_leave
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle, is_attachment = super().get_route_handler(), self.path.startswith("/attachments")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        turn, loop = self.turn, asyncio.get_running_loop()
-        left = loop.create_task(_until_disconnect(receive))
-        left.add_done_callback(turn.wake)
-        heartbeat: asyncio.TimerHandle | None = None
+        async def guarded(request: Request) -> Response:
+            chat: Chat = request.app.state.chat
+            check_origin(request, chat.settings)
+            keyed = "{attachment_id}" in self.path and "key" in request.query_params  # which the route checks
+            anybody = keyed or self.path in ("/", "/component", "/health")
+            request.state.caller = Caller("") if anybody else await caller_of(request, chat.settings)
+            kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+            wanted = "multipart/form-data" if is_attachment else "application/json"
+            length = request.headers.get("content-length", request.headers.get("transfer-encoding", "0"))
+            if self.body_field and length != "0" and kind != wanted:
+                raise Refused(415, f"The content type must be {wanted}")
+            await chat.open()
+            return await handle(BoundedRequest(request.scope, request.receive))
 
-        def beat() -> None:
-            nonlocal heartbeat
-            heartbeat = None
-            turn.wake()
-
-        async def write(chunk: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": chunk, "more_body": more})
-
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await write(self.encoder.begin())
-            last, flowing = loop.time(), False
-            while not left.done():
-                if len(turn.events) > self.seen:
-                    rest = min(max(COALESCE, COALESCE_EACH * len(turn.chat.turns)), COALESCE_MOST)
-                    pause = last + rest - loop.time()
-                    if flowing and pause > 0 and not turn.finished:
-                        await asyncio.sleep(pause)
-                    events = turn.events[self.seen : self.seen + CHUNK]
-                    await write(self.encoder.encode(self.seen, events))
-                    self.seen += len(events)
-                    last, flowing = loop.time(), events[-1]["type"] == "text"
-                elif turn.finished:
-                    await write(self.encoder.end(), more=False)
-                    return
-                elif loop.time() - last >= KEEP_ALIVE:
-                    await write(b": keep-alive\n\n")
-                    last = loop.time()
-                else:
-                    if heartbeat is None:  # one timer for many waits
-                        heartbeat = loop.call_later(KEEP_ALIVE - (loop.time() - last), beat)
-                    await turn.wait_beyond(self.seen)
-        finally:
-            if heartbeat is not None:
-                heartbeat.cancel()
-            left.remove_done_callback(turn.wake)
-            left.cancel()
-            if not turn.finished and self.on_leave is not None:
-                self.on_leave()
+        return guarded
 
 
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
+class BoundedRequest(Request):
+    """A request whose body is refused while it is read where no file or recording may be so long."""
 
-
-async def read_body(request: Request, audio_limit: int) -> bytes:
-    """The body, refused while it is read where it is too long. Raises Refused.
-
-    A recording may be longer than other requests; its "type" must stand at the beginning then, where ChatKit has it.
-    """
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        limit = audio_limit if b'"input.transcribe"' in body[:200] else MAX_BODY
-        if len(body) > limit:
-            raise Refused(413, f"The request is larger than {limit:,} bytes")
-    return bytes(body)
-
-
-async def read_file(request: Request, limit: int) -> tuple[str, str, bytes]:
-    """The field `file` of a form: its name, type and bytes. Refused while it is read where it is too long."""
-
-    async def body() -> AsyncIterator[bytes]:
-        total = 0
-        async for chunk in request.stream():
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        total, limit = 0, self.app.state.chat.settings.max_attachment_bytes * 4 // 3 + MAX_BODY  # in base64
+        async for chunk in super().stream():
             total += len(chunk)
-            if total > limit + 64 * 1024:  # the form around the file is not counted too closely
-                raise Refused(413, f"A file may have {limit:,} bytes")
+            if total > limit:
+                raise Refused(413, f"The request is larger than {limit:,} bytes")
             yield chunk
 
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise Refused(415, "Send the file as multipart/form-data, in a field named file")
-    try:
-        form = await MultiPartParser(request.headers, cast(Any, body()), max_files=1, max_fields=10).parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise Refused(400, f"The form cannot be read: {error}") from None
-    try:
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise Refused(400, "Send the file in a field named file")
-        data = await file.read()
-        if len(data) > limit:
-            raise Refused(413, f"A file may have {limit:,} bytes")
-        name = (file.filename or "file")[:255]
-        return (name if _is_unicode(name) else "file"), file.content_type or "", data  # charset=utf-7 makes halves
-    finally:
-        await form.close()
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a JSON number")
-    return number
-
-
-async def read_json(request: Request, audio_limit: int = MAX_BODY) -> Row:
-    """The body as a JSON object whose text can be stored. Raises Refused.
-
-    Only JSON is taken as JSON: a page on another site can post text/plain or a form to localhost without asking.
-    """
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise Refused(415, "The content type must be application/json")
-    body = await read_body(request, audio_limit)
-    try:
-        value = json.loads(body, parse_float=_finite, parse_constant=_finite)
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, half a character, a number of thousands of digits
-        raise Refused(400, "Invalid JSON") from None
-    if not isinstance(value, dict):
-        raise Refused(400, "Invalid JSON")
-    if len(body) > MAX_BODY and value.get("type") != "input.transcribe":
-        raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
-    if not is_shallow(value):
-        raise Refused(400, f"The JSON is nested more than {MAX_DEPTH} levels deep")
-    return value
-
-
-class Gate:
-    """ASGI middleware in front of every route: who may call, trailing slashes, and one log line a request."""
-
-    def __init__(self, app: ASGIApp, chat: Chat, authenticate: Authenticate) -> None:
-        self.app = app
-        self.chat = chat
-        self.authenticate = authenticate
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began, status, caller = time.monotonic(), 500, None
-        path = scope["path"][len(scope.get("root_path", "")) :].rstrip("/") or "/"
-        scope = {**scope, "path": scope.get("root_path", "") + path}  # with and without a trailing slash, no redirect
-
-        async def noting_status(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+    async def json(self) -> Any:
+        """Raises Refused for what cannot be stored: half characters, NaN, endless depth, no JSON at all."""
+        body = await self.body()
         try:
-            request = Request(scope)
-            self._check_origin(request)
-            keyed = path.startswith("/attachments/") and "key" in request.query_params  # the route checks the key
-            if path not in OPEN_PATHS and not keyed:
-                caller = await self.authenticate(request)
-                scope.setdefault("state", {})["caller"] = caller
-            await self.chat.open()
-            await self.app(scope, receive, noting_status)
-        except (Refused, StoreError, sqlite3.Error) as error:
-            await failure(self.chat, error)(scope, receive, noting_status)
-        finally:
-            log.info(
-                "%s %s %d %.0fms user=%s",
-                scope["method"],
-                printable(path),
-                status,
-                (time.monotonic() - began) * 1000,
-                printable(caller.user_id) if caller else "-",
-            )
-
-    def _check_origin(self, request: Request) -> None:
-        """Keep other sites' pages out. Raises Refused.
-
-        Without a token, being on this machine is all that a caller shows. So the connection must have come in over
-        loopback, the Host must be a name for it (another one is DNS rebinding), and what changes anything must not
-        come from a foreign page. Addresses that are not IP addresses are those of tests, or of a Unix socket.
-        """
-        server = request.scope.get("server") or ("", None)
-        host, *more = request.headers.getlist("host") or [""]
-        if more:
-            raise Refused(400, "Give one Host")
-        if not self.chat.settings.needs_token and is_ip(server[0]):
-            if not is_loopback(server[0]):
-                raise Refused(403, "Without CHATKIT_JWT_SECRET this server answers on loopback only")
-            if not is_loopback(host_name(host)):
-                raise Refused(403, "The Host is not a name of this machine")
-        origin = request.headers.get("origin")
-        if origin is None or request.method in ("GET", "HEAD", "OPTIONS"):
-            return
-        same = origin.split("://")[-1].lower() == host.lower()
-        if not same and origin.rstrip("/") not in self.chat.settings.cors_origins:
-            raise Refused(403, "Requests from this origin are not allowed: see CHATKIT_CORS_ORIGINS")
+            value = json_copy(from_json(body))
+            if not isinstance(value, dict):
+                raise ValueError("an object is expected")
+        except ValueError as error:
+            raise Refused(400, f"Invalid JSON: {error}") from None
+        self.state.operation = value.get("type")
+        if len(body) > MAX_BODY and self.state.operation != "input.transcribe":
+            raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
+        return value
 
 
-OPEN_PATHS = ("/", "/health")  # what anybody may read
+def check_origin(request: Request, settings: Settings) -> None:
+    """Keep other sites' pages out. Raises Refused.
 
-
-def host_name(host: str) -> str:
-    """The Host header without its port."""
-    return host[1:].split("]")[0] if host.startswith("[") else host.split(":")[0]
-
-
-def is_ip(host: object) -> bool:
-    try:
-        ipaddress.ip_address(str(host))
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(host: str) -> bool:
-    if is_ip(host):
-        address = ipaddress.ip_address(host)
-        return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)
-    return host.lower() in ("localhost", "localhost.") or host.lower().endswith(".localhost")
-
-
-def failure(chat: Chat, error: Exception) -> Response:
-    """The response for what a route raised."""
-    if isinstance(error, ClientDisconnect):
-        error = Refused(400, "The request broke off")  # nobody is there to read it; the log says it
-    if isinstance(error, Refused):
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        if error.retry_after is not None:
-            headers["Retry-After"] = str(error.retry_after)
-        return JSONResponse({"detail": error.detail}, error.status, headers)
-    chat.log_exception("the database failed", error)
-    return JSONResponse({"detail": storage_text(error)}, 503, {"Retry-After": "5"})
-
-
-# ---- who may call
-
-Authenticate = Callable[[Request], Awaitable[Caller]]
-
-MAX_TOKEN = 8192  # characters
-
-
-def authenticator(settings: Settings) -> Authenticate:
-    """A function that finds out who sent a request, and raises Refused (401) where that is not clear."""
-    public_keys = PublicKeys(settings.jwks_url) if settings.jwks_url else None
-
-    async def authenticate(request: Request) -> Caller:
-        locale = request.headers.get("accept-language", "").split(",")[0].split(";")[0].strip()[:35] or "en"
-        if not settings.needs_token:
-            return Caller(locale=locale)
-        given = request.headers.getlist("authorization")
-        scheme, _, token = given[0].strip().partition(" ") if len(given) == 1 else ("", "", "")
-        token = token.strip()
-        if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN:
-            raise Refused(401, "A bearer token is required")
-        return Caller(await verify_token(token, settings, public_keys), by_token=True, locale=locale)
-
-    return authenticate
-
-
-async def verify_token(token: str, settings: Settings, public_keys: PublicKeys | None) -> str:
-    """The user whom a JSON Web Token (RFC 7519) names. Raises Refused (401).
-
-    The token's header chooses between the secret and the public keys, and each serves its own algorithms alone: a
-    public key taken for a secret would let anybody sign.
+    Without a token, being on this machine is all that a caller shows: the connection must have come in over
+    loopback, and the Host must say so (another one is DNS rebinding). A test's server has a name, no address.
     """
+    server, host = (request.scope.get("server") or ("",))[0], ",".join(request.headers.getlist("host"))
+    if not settings.needs_token and re.fullmatch(r"[\d.]+|.*:.*", server):
+        if not LOOPBACK.fullmatch(server):
+            raise Refused(403, "Without CHATKIT_JWT_SECRET this server answers on loopback only")
+        if not LOOPBACK.fullmatch(re.sub(r"(:\d*)?$", "", host).strip("[]")):
+            raise Refused(403, "The Host is not a name of this machine")
+    changes = request.method not in ("GET", "HEAD", "OPTIONS")
+    if changes and foreign_origin(request.headers, settings.cors_origins) is not None:
+        raise Refused(403, "Requests from this origin are not allowed: see CHATKIT_CORS_ORIGINS")
+
+
+def foreign_origin(headers: Headers, listed: Any) -> str | None:
+    """The page that a request comes from, where it is neither this server's nor a listed one."""
+    origin = headers.get("origin")
+    own = origin is None or origin.split("://")[-1].lower() == headers.get("host", "").lower()
+    return None if own or str(origin).rstrip("/") in listed else origin
+
+
+async def caller_of(request: Request, settings: Settings) -> Caller:
+    """Who sent a request. Raises Refused (401, 503)."""
+    locale = request.headers.get("accept-language", "").split(",")[0].split(";")[0].strip()[:35] or "en"
+    shown = {name: text for name, text in request.headers.items() if name not in ("authorization", "cookie")}
+    caller = Caller(locale=locale, request_context={"headers": shown, "metadata": {}})
+    if not settings.needs_token:
+        return caller
+    given = ",".join(request.headers.getlist("authorization"))
+    bearer = re.fullmatch(r"bearer +(\S{1,8192})", given.strip(), re.IGNORECASE)
+    if bearer is None:
+        raise Refused(401, "A bearer token is required")
+    user_of = request.app.state.user_of
+    user_id = await asyncio.to_thread(user_of, bearer[1]) if settings.jwks_url else user_of(bearer[1])
+    return replace(caller, user_id=user_id, by_token=True)
+
+
+def token_reader(settings: Settings) -> Callable[[str], str]:
+    """A function that says whom a JSON Web Token (RFC 7519) names, and raises Refused (401, 503)."""
     import jwt  # here, because without tokens nobody waits for it
 
-    try:
-        header = jwt.get_unverified_header(token)
-        algorithm, key_id = header.get("alg"), header.get("kid")
-        key: Any = None
-        if algorithm == "HS256" and settings.jwt_secret:
-            key = settings.jwt_secret
-        elif algorithm in ("EdDSA", "ES256", "RS256") and public_keys is not None:
-            key = await public_keys.find(key_id, algorithm)
-        if key is None:
-            raise jwt.InvalidKeyError
-        claims = jwt.decode(
-            token,
-            key,
-            algorithms=[str(algorithm)],
-            audience=settings.jwt_audience,
-            issuer=settings.jwt_issuer,
-            options={"require": ["exp"], "verify_aud": settings.jwt_audience is not None},
-        )
-    except jwt.ExpiredSignatureError:
-        raise Refused(401, "The token has expired") from None
-    except (jwt.PyJWTError, ValueError, TypeError) as error:
-        log.debug("a token was rejected: %s", type(error).__name__)
-        raise Refused(401, "The token is not valid") from None
-    user_id = claims.get("sub", claims.get("id"))
-    if not isinstance(user_id, str) or not user_id.strip() or len(user_id) > 255 or not _is_unicode(user_id):
-        raise Refused(401, "The token names no user")
-    return user_id
+    class PublicKeys(jwt.PyJWKClient):
+        """The keys at a JWKS URL (RFC 7517). While it does not answer, the known ones go on to count."""
 
+        known: Any = None
 
-class PublicKeys:
-    """The keys at a JWKS URL (RFC 7517), kept for five minutes; an unknown key id has them fetched anew, not too often.
+        def fetch_data(self) -> Any:
+            try:
+                self.known = super().fetch_data()
+            except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OSError) as error:
+                log.warning("the keys at CHATKIT_JWKS_URL cannot be fetched: %s", error)
+                if self.known is None:
+                    raise Refused(503, "Tokens cannot be checked right now", retry_after=10) from None
+            return self.known  # for five minutes
 
-    While the URL does not answer, the keys that are known go on to count.
-    """
+    # An unknown key has it ask again, but not for each that somebody makes up.
+    keys = PublicKeys(settings.jwks_url, timeout=5, cooldown_duration=10) if settings.jwks_url else None
 
-    KEEP = 300.0  # seconds
-    AT_MOST_EVERY = 10.0
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._keys: list[Any] = []
-        self._fetched = float("-inf")
-        self._lock = asyncio.Lock()
-
-    async def find(self, key_id: object, algorithm: str) -> Any:
-        """The key, None where there is none. Raises Refused (503) while no key could ever be fetched."""
-        async with self._lock:
-            age = time.monotonic() - self._fetched
-            known = any(key.key_id == key_id for key in self._keys)
-            if age > self.KEEP or (not known and age > self.AT_MOST_EVERY):
-                await self._fetch()
-            if not self._keys:
-                raise Refused(503, "Tokens cannot be checked right now", retry_after=int(self.AT_MOST_EVERY) + 1)
-        fits = [key for key in self._keys if key.algorithm_name == algorithm]
-        if key_id is None:
-            return fits[0].key if len(fits) == 1 else None
-        return next((key.key for key in fits if key.key_id == key_id), None)
-
-    async def _fetch(self) -> None:
-        import jwt
-
+    def user_of(token: str) -> str:
+        # The header chooses between the secret and the public keys, and each serves its own algorithms alone:
+        # a public key taken for a secret would let anybody sign.
         try:
-            found = await asyncio.to_thread(jwt.PyJWKClient(self.url, cache_jwk_set=False, timeout=5).get_jwk_set)
-            self._keys = found.keys
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OSError) as error:  # it may answer with anything
-            log.warning("the keys at CHATKIT_JWKS_URL cannot be fetched: %s", error)
-        self._fetched = time.monotonic()
+            algorithm = str(jwt.get_unverified_header(token).get("alg"))
+            key: Any = settings.jwt_secret if algorithm == "HS256" else None
+            if keys is not None and algorithm in ("EdDSA", "ES256", "RS256"):
+                key = keys.get_signing_key_from_jwt(token).key
+            if key is None:
+                raise jwt.InvalidKeyError
+            audience, issuer = settings.jwt_audience, settings.jwt_issuer
+            options: Any = {"require": ["exp"], "verify_aud": audience is not None}
+            claims = jwt.decode(token, key, [algorithm], options, audience=audience, issuer=issuer)
+        except jwt.ExpiredSignatureError:
+            raise Refused(401, "The token has expired") from None
+        except (jwt.PyJWTError, ValueError, TypeError) as error:
+            log.debug("a token was rejected: %s", type(error).__name__)
+            raise Refused(401, "The token is not valid") from None
+        user_id = claims.get("sub", claims.get("id"))
+        if not isinstance(user_id, str) or not 0 < len(user_id.strip()) < 256 or user_id != storable(user_id):
+            raise Refused(401, "The token names no user")
+        return user_id
+
+    return user_of
 
 
-def make_token(settings: Settings, user_id: str, seconds: int = 24 * 3600) -> str:
-    """A signed token for a user, for trying things out. Raises SettingsError without a secret."""
+def make_token(settings: Settings, user_id: str) -> str:
+    """A signed token for a user that is good for a day. Raises SettingsError without a secret."""
     import jwt
 
-    if not settings.jwt_secret:
-        raise SettingsError("Set CHATKIT_JWT_SECRET first: a token is signed with it.")
-    claims: Row = {"sub": user_id, "exp": int(time.time()) + seconds}
-    if settings.jwt_audience:
-        claims["aud"] = settings.jwt_audience
-    if settings.jwt_issuer:
-        claims["iss"] = settings.jwt_issuer
+    if not settings.jwt_secret or not user_id.strip():
+        raise SettingsError("Set CHATKIT_JWT_SECRET, which signs tokens, and name a user.")
+    claims = {"sub": user_id, "exp": int(time.time()) + 24 * 3600}
+    more = {"aud": settings.jwt_audience, "iss": settings.jwt_issuer}
+    claims |= {name: value for name, value in more.items() if value}
     return jwt.encode(claims, settings.jwt_secret, algorithm="HS256")
 
 
-# ---- the app
+# ===================================================================================================== Bodies
+# What goes in and out, as /docs shows it.
+
+InBody = Annotated[T, Body(embed=True)]
+Status = Literal["active", "locked", "closed"]
 
 
-async def caller_of(request: Request) -> Caller:
-    return cast(Caller, request.state.caller)
+class PlainMessage(BaseModel):
+    """The plain dialect: what the person says, and the conversation that it goes on in."""
+
+    message: str = ""
+    thread_id: ThreadId | None = None
+    model: str | None = None
+    tool_choice: str | None = None
+    attachments: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_slips(cls, given: Row) -> Row:
+        """A field that is nearly one of ours would otherwise be ignored, and a new conversation begun."""
+        for name in given.keys() - cls.model_fields:
+            if hint := _nearest(name, cls.model_fields.keys() - given):
+                raise ValueError(f"there is no field {name!r}{hint}")
+        return given
 
 
-def base_url(request: Request) -> str:
-    """The app's own URL, as this request reached it."""
-    return str(request.base_url).rstrip("/")
+class ConversationChange(BaseModel):
+    """What is given changes."""
+
+    title: Title | None = None
+    status: Status | None = None
+    status_reason: Annotated[str | None, Field(max_length=500, alias="reason")] = None
+    metadata: Row | None = None
 
 
-Who = Annotated[Caller, Depends(caller_of)]
+class AnswersTo(Answers):
+    item_id: ItemId
+
+
+class ConversationOut(BaseModel):
+    id: int
+    title: str
+    created_at: str
+    updated_at: str
+    status: Status
+    reason: Annotated[str | None, Field(validation_alias="status_reason")]
+    metadata: Row
+
+
+class MessageOut(BaseModel):
+    id: int
+    role: Literal["user", "assistant", "tool", "item"]
+    content: str
+    tool_calls: list[Row] | None
+    status: Literal["streaming", "pending", "done", "cancelled", "failed", "interrupted", "blocked"]
+    feedback: Literal["positive", "negative"] | None
+    created_at: str
+    item: Row | None = None
+    error: Row | None = None
+
+
+class TranscriptOut(ConversationOut):
+    messages: list[MessageOut]
+
+
+class ConfigOut(BaseModel):
+    title: str
+    greeting: str
+    starters: list[str]
+    model: str
+    models: list[str]
+    tools: list[dict[str, str]]
+    uploads: dict[str, int]
+    dictation: bool
+
+
+TaskOut: Any = create_model("TaskOut", id=int, title=str, done=bool)
+FileKind = Literal["file", "image"]
+AttachmentOut: Any = create_model(
+    "AttachmentOut", id=str, type=FileKind, name=str, mime_type=str, preview_url=(str | None, None)
+)
+
+# What each refused request gets; `message` in the ChatKit dialect only. "4XX" keeps out FastAPI's own 422.
+Problem = create_model("Problem", detail=str, message=(str | None, None))
+STATUSES = ("4XX", 400, 401, 403, 404, 409, 413, 415, 429, 500, 501, 502, 503)
+PROBLEMS: Any = {status: {"model": Problem} for status in STATUSES}
+
+
+# What a route answers where no model describes it.
+A_FILE: Any = {200: {"content": {"text/markdown": {}}}}
+ANY_FILE: Any = {200: {"content": {"*/*": {}}}}
+EVENTS = (
+    'id: 04738dfc-1\ndata: {"type": "thread", "thread_id": 1, "title": "hello"}\n\n'
+    'id: 04738dfc-2\ndata: {"type": "text", "content": "Hello", "message_id": 2}\n\n'
+    'id: 04738dfc-3\ndata: {"type": "done", "status": "completed", "thread_id": 1, "message_id": 2}\n\n'
+    "data: [DONE]\n\n"
+)
+A_STREAM: Any = {200: {"content": {"text/event-stream": {"example": EVENTS}}}}
+
+
+def kind_of_body(body: Any) -> str:
+    """Which of the bodies of /chatkit this is: an operation of the protocol has a type."""
+    kind = str(body.get("type", "plain"))
+    if "type" in body and kind not in OPERATIONS:
+        raise Refused(400, f"Unknown type {kind[:100]!r}")
+    return kind
+
+
+BODIES: dict[str, Any] = {"plain": PlainMessage, **{name: each.body for name, each in OPERATIONS.items()}}
+INPUT = {"content": [{"type": "input_text", "text": "add buy milk to my list"}]}
+EXAMPLES: Any = {
+    "The plain dialect": {"value": {"message": "add buy milk to my list"}},
+    "The ChatKit protocol": {"value": {"type": "threads.create", "params": {"input": INPUT}}},
+}
+ChatKitBody: Any = Annotated[
+    Union[tuple(Annotated[body, Tag(kind)] for kind, body in BODIES.items())],  # noqa: UP007
+    Discriminator(kind_of_body),
+    Body(openapi_examples=EXAMPLES),
+]
+
+
+# ======================================================================================================= HTTP
+# A turn as a stream, and the routes.
+
+KEEP_ALIVE = 15.0  # seconds of silence after which a comment keeps proxies from closing a stream
+COALESCE = 0.008  # seconds between two chunks of flowing text: nobody sees it, a hundred streams feel it
+COALESCE_EACH = 0.00025  # or this for each stream that runs, if it is more: a tenth of the CPU at 200 streams
+CHUNK = 1000  # events in one chunk: a reader that stopped reading keeps one in memory, not the whole answer
+
+
+def event_stream(turn: Turn, encode: Encoder, stop_on_leave: bool = False) -> Response:
+    """A turn as server-sent events, until it ends or the reader leaves.
+
+    A reader that takes all its time holds up nobody: the generator waits for it, and the turn goes on.
+    """
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        loop, seen, sent, flowing = asyncio.get_running_loop(), 0, 0.0, False
+        timer: asyncio.Handle  # one for many waits
+
+        def beat() -> None:
+            nonlocal timer
+            timer = loop.call_later(KEEP_ALIVE, beat)
+            turn.wake()
+
+        timer = loop.call_later(KEEP_ALIVE, beat)
+        try:
+            while turn.phase != "over" or seen < len(turn.events):
+                if seen == len(turn.events):
+                    await turn.wait_beyond(seen)
+                pause = sent + max(COALESCE, COALESCE_EACH * len(turn.chat.turns)) - loop.time()
+                if flowing and pause > 0:
+                    await asyncio.sleep(pause)
+                events = turn.events[seen : seen + CHUNK]
+                seen += len(events)
+                flowing = bool(events) and events[-1]["type"] == "text"
+                yield encode(events) if events else b": keep-alive\n\n"
+                sent = loop.time()
+        finally:
+            timer.cancel()
+            if turn.phase != "over" and stop_on_leave:
+                turn.stop("cancelled")
+
+    headers = {"X-Thread-Id": str(turn.conversation_id), "Cache-Control": "no-cache"}
+    headers["X-Accel-Buffering"] = "no"  # nginx
+    return StreamingResponse(chunks(), media_type="text/event-stream", headers=headers)
+
+
+# ---- the routes
+
+
+async def call_of(request: Request) -> Call:
+    base = f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}"
+    return Call(request.app.state.chat, request.state.caller, base)
+
+
+This = Annotated[Call, Depends(call_of)]
+router = APIRouter(route_class=GuardedRoute, responses=PROBLEMS)
+todo_router = APIRouter(route_class=GuardedRoute, responses=PROBLEMS)  # where the built-in assistant answers
+CONVERSATION = "/api/conversations/{conversation_id}"
+STREAM: Any = {"responses": A_STREAM, "response_class": Response}
+FILE: Any = {"response_model": AttachmentOut, "response_model_exclude_unset": True}
+
+
+def plain_stream(call: Call, turn: Turn, last_event_id: str | None = None) -> Response:
+    return event_stream(turn, plain_encoder(turn, call.base, last_event_id))
+
+
+@router.post("/chatkit", responses=A_STREAM, response_model=Row)
+async def post_chatkit(call: This, body: ChatKitBody) -> Response:
+    """Answer a message in the plain dialect, or one request of the ChatKit protocol, which has a `type`."""
+    if not isinstance(body, PlainMessage):
+        return await call.answer(body)
+    message = UserMessage.of(body.message, body.attachments, body.model, body.tool_choice)
+    return plain_stream(call, await call.chat.begin_message(call.caller, message, body.thread_id))
+
+
+@router.get(CONVERSATION + "/stream", responses={**A_STREAM, 204: {}}, response_class=Response)
+async def get_stream(
+    conversation_id: ThreadId, call: This, last_event_id: Annotated[str | None, Header()] = None
+) -> Response:
+    """Join the running answer, from its start or after Last-Event-ID; 204 where none runs."""
+    await call.chat.conversation(call.caller.user_id, conversation_id)
+    turn = call.chat.answering.get(conversation_id)
+    return plain_stream(call, turn, last_event_id) if turn else Response(status_code=204)
+
+
+@router.post(CONVERSATION + "/cancel")
+async def post_cancel(conversation_id: ThreadId, call: This) -> dict[str, str]:
+    """Stop the running answer; what was said so far is kept. 409 where none runs."""
+    await call.chat.cancel(call.caller.user_id, conversation_id)
+    return {"status": "cancelled"}
+
+
+@router.post(CONVERSATION + "/retry", **STREAM)
+async def post_retry(
+    conversation_id: ThreadId,
+    call: This,
+    message_id: InBody[ItemId | None] = None,
+    message: InBody[str | None] = None,
+) -> Response:
+    """Answer a user's message anew, the last one if none is named, with other words if given. All that came
+    after it goes."""
+    return plain_stream(call, await call.chat.begin_retry(call.caller, conversation_id, message_id, message))
+
+
+@router.post(CONVERSATION + "/tool_output", **STREAM)
+async def post_tool_output(
+    conversation_id: ThreadId, call: This, result: InBody[Any], id: InBody[str | None] = None
+) -> Response:
+    """Give the pending client tool call its result; the agent goes on."""
+    return plain_stream(call, await call.chat.begin_tool_output(call.caller, conversation_id, result, id))
+
+
+@router.post(CONVERSATION + "/answers", **STREAM)
+async def post_answers(conversation_id: ThreadId, call: This, body: AnswersTo) -> Response:
+    """Answer pending questions, approvals among them, or skip them; the agent goes on."""
+    return plain_stream(call, await call.chat.begin_answers(call.caller, conversation_id, body.item_id, body))
+
+
+@router.get("/api/conversations", response_model=list[ConversationOut])
+async def get_conversations(
+    call: This,
+    limit: Annotated[int, Query(ge=1)] = 50,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    q: Annotated[str, Query(max_length=200)] = "",
+) -> list[Row]:
+    """The caller's, the most recent first, at most 100; with `q`, those in which all its words occur."""
+    store, user_id = call.chat.store, call.caller.user_id
+    if q.strip():
+        return await store.search_conversations(user_id, q, min(limit, 100), offset)
+    return await store.conversations(user_id, min(limit, 100), offset)
+
+
+@router.get("/api/conversations/recent/first", response_model=ConversationOut | None)
+async def get_most_recent(call: This) -> Row | None:
+    """The most recent conversation, or null."""
+    return next(iter(await call.chat.store.conversations(call.caller.user_id, 1)), None)
+
+
+@router.get(CONVERSATION, response_model=TranscriptOut, response_model_exclude_unset=True, responses=A_FILE)
+async def get_conversation(
+    conversation_id: ThreadId, call: This, format: Literal["json", "markdown"] = "json"
+) -> Row | Response:
+    """A conversation with all its messages, as JSON or as a Markdown file."""
+    conversation = await call.chat.conversation(call.caller.user_id, conversation_id)
+    page = await call.chat.store.message_page(call.caller.user_id, conversation_id)
+    rows = [shown for row in page if (shown := as_shown(row, call.chat.settings.show_tools))]
+    if format == "json":
+        return {**conversation, "messages": [plain_message(row, call.base) for row in rows]}
+    headers = as_download(conversation["title"][:60] + ".md")
+    return Response(markdown(conversation["title"], rows), media_type="text/markdown", headers=headers)
+
+
+@router.patch(CONVERSATION, response_model=ConversationOut)
+async def patch_conversation(conversation_id: ThreadId, call: This, body: ConversationChange) -> Row:
+    """Rename a conversation, lock, close or reopen it, or give it metadata."""
+    changes = body.model_dump(exclude_none=True)
+    if not changes.keys() - {"status_reason"}:
+        raise Refused(400, "Give a title, a status, or metadata")
+    return await call.chat.change_conversation(call.caller.user_id, conversation_id, **changes)
+
+
+@router.delete(CONVERSATION)
+async def delete_conversation(conversation_id: ThreadId, call: This) -> dict[str, str | int]:
+    """Stop what is being answered, and remove the conversation with all that belongs to it."""
+    await call.chat.delete_conversation(call.caller.user_id, conversation_id)
+    return {"status": "deleted", "id": conversation_id}
+
+
+@router.post("/attachments", **FILE)
+async def post_attachment(call: This, file: UploadFile) -> Row:
+    """A direct upload: the field `file` of a form becomes an attachment."""
+    data, name = await file.read(), storable((file.filename or "file")[:255])
+    mime_type = check_file(call.chat.settings, file.content_type or "", len(data))
+    row = await call.chat.store.add_attachment(call.caller.user_id, name, mime_type, len(data), data)
+    return attachment_json(row, call.base, data)
+
+
+@router.post("/attachments/{attachment_id}", **FILE)
+async def post_upload(attachment_id: str, call: This, file: UploadFile, key: str = "") -> Row:
+    """The second phase of an upload: the bytes of an announced attachment. The key works once."""
+    data, row = await file.read(), await call.chat.store.attachment(attachment_id, key=key)
+    given = {"size": len(data), "mime_type": check_file(call.chat.settings, file.content_type or "")}
+    if row is not None and given.items() - row.items():
+        raise Refused(400, "The file is not of the size and type that were announced")
+    row = await call.chat.store.fill_attachment(attachment_id, key, data)
+    if row is None:
+        raise Refused(404, "Attachment not found, or uploaded already")
+    return attachment_json(row, call.base, data)
+
+
+@router.get("/attachments/{attachment_id}", response_class=Response, responses=ANY_FILE)
+async def get_attachment(attachment_id: str, call: This, key: str = "") -> Response:
+    """A file's bytes, for its owner or whoever has its key. Nothing in it can run in this origin."""
+    file = await call.chat.store.attachment(attachment_id, user_id=call.caller.user_id, key=key)
+    if file is None or file["data"] is None:
+        raise Refused(404, "Attachment not found")
+    headers = {"Content-Type": file["mime_type"], "Cache-Control": "private, no-store"}
+    safe = {"Content-Security-Policy": "sandbox; default-src 'none'", "X-Content-Type-Options": "nosniff"}
+    return Response(file["data"], headers={**as_download(file["name"]), **headers, **safe})
+
+
+def as_download(name: str) -> dict[str, str]:
+    return {"Content-Disposition": f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"}
+
+
+@todo_router.get("/api/tasks", response_model=list[TaskOut])
+async def get_tasks(call: This) -> list[Row]:
+    """The to-do list of the built-in assistant."""
+    return await call.chat.store.tasks(call.caller.user_id)
+
+
+@todo_router.patch("/api/tasks/{task_id}", response_model=TaskOut)
+async def patch_task(
+    task_id: Annotated[int, row_id("Task")], call: This, done: Annotated[bool, Body(embed=True, strict=True)]
+) -> Row:
+    """Tick a task, or untick it."""
+    return found(await call.chat.store.update_task(call.caller.user_id, task_id, done=done), "Task")
+
+
+@router.get("/api/config")
+async def get_config(call: This) -> ConfigOut:
+    """What a page needs to know."""
+    chat, settings = call.chat, call.chat.settings
+    return ConfigOut(
+        title=settings.title,
+        greeting=settings.greeting,
+        starters=list(settings.starters or (TODO_STARTERS if chat.is_todo else ())),
+        model=chat.agents.model_name,
+        models=list(chat.models.choices),
+        tools=[{"name": name, "description": text} for name, text in chat.agents.tools().items()],
+        uploads={"max_bytes": settings.max_attachment_bytes},
+        dictation=chat.transcriber is not None,
+    )
+
+
+@router.get("/health")
+async def get_health(call: This) -> dict[str, str]:
+    """Whether the database answers; and which model does."""
+    await call.chat.store.check()
+    return {"status": "healthy", "model": call.chat.agents.model_name}
+
+
+@router.get("/", include_in_schema=False)
+@router.get("/component", include_in_schema=False)
+async def get_page(request: Request) -> Response:
+    """The page, or the same conversations in OpenAI's own component, whose script comes from OpenAI.
+
+    The Content-Security-Policy allows the page's own script and style, and that host."""
+    of_openai = request.url.path.endswith("/component")
+    page, host = (COMPONENT_PAGE, "https://cdn.platform.openai.com") if of_openai else (PAGE, "")
+    nonce = secrets.token_urlsafe()
+    own = f"'nonce-{nonce}'"
+    for tag in ("<style", "<script"):
+        page = page.replace(f"{tag}>", f'{tag} nonce="{nonce}">', 1)
+    policy = (
+        f"default-src 'none'; script-src {own} {host}; style-src {own}; frame-src {host}; "
+        "connect-src 'self'; img-src 'self' data: https:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"  # of notebooks
+    )
+    headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(page, headers={"Content-Security-Policy": policy, **headers})
+
+
+# ======================================================================================================== App
+# What stands around the routes, and create_app().
+
+
+async def refuse(request: Request, error: Any) -> Response:
+    """The answer to a request that failed. In the ChatKit dialect, what a person's doing led to is an event:
+    the real component shows nothing of an HTTP status."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", *BODIES))
+        error = Refused(400, f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": "))
+    elif isinstance(error, (sqlite3.Error, StoreError)):
+        request.app.state.chat.log_failure("the database failed", error)
+        error = Refused(503, storage_text(error), retry_after=5)
+    name, detail = getattr(request.state, "operation", None), str(error.detail)
+    known = OPERATIONS.get(str(name))
+    if known is not None and known.streams and getattr(error, "by_doing", False):
+        event = error_json(detail, error.status_code in (429, 503) or "already" in detail)
+        return Response(f"data: {to_json(event)}\n\n", media_type="text/event-stream")
+    told = {"message": detail} if name is not None else {}
+    return JSONResponse({"detail": detail, **told}, error.status_code, error.headers)
+
+
+class Doorman(CORSMiddleware):
+    """Around everything: other origins, paths with and without a trailing slash, a line for the log."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await super().__call__(scope, receive, send)
+        began, status, root = time.monotonic(), 500, scope.get("root_path", "")
+        path = scope["path"][len(root) :].rstrip("/") or "/"
+        scope = {**scope, "path": root + path, "state": {**scope.get("state", {})}}
+
+        async def noting_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, noting_status)
+        finally:
+            origin = foreign_origin(Headers(scope=scope), self.allow_origins)
+            hint = f" (to let {printable(origin)} in, add it to CHATKIT_CORS_ORIGINS)" if origin else ""
+            user = printable(scope["state"].get("caller", Caller("")).user_id) or "-"
+            shown, ms = printable(path), (time.monotonic() - began) * 1000
+            log.info("%s %s %d %.0fms user=%s%s", scope["method"], shown, status, ms, user, hint)
 
 
 def create_app(
-    agent: Agent[Any] | None = None,
+    agent: AgentSource = None,
     *,
     settings: Settings | None = None,
+    store: Store | None = None,
     on_action: ActionHandler | None = None,
+    on_feedback: FeedbackHandler | None = None,
     transcribe: Transcriber | None = None,
+    lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[Any]] | None = None,
     **overrides: Any,
 ) -> FastAPI:
     """The application, ready for uvicorn, a test client, or mounting in another one.
 
         app = create_app(my_agent, database=":memory:")
 
-    `agent` is any Agents SDK agent; without one, the to-do assistant answers. If it names no model, it gets the one
-    that Models finds. `settings` are Settings.from_env() where they are not given; `overrides` are fields of them.
-    `on_action(context, action, item)` deals with clicks in widgets: `action` is {"type", "payload"}, `item` the
-    widget's row or None; ValueError and LookupError refuse it. `transcribe(audio, media_type)` makes text of
-    recordings; without one, OpenAI does where there is an OPENAI_API_KEY. Raises SettingsError.
+    `agent` is any Agents SDK agent, whose missing model is the one that Models finds; a function of the
+    TurnContext that returns one; or an async generator function answer(context, history) that yields text or
+    events. Without one, the to-do assistant answers. `settings` are Settings.from_env() where they are not
+    given; `overrides` are fields of them. `store` is one of your own, opened here unless it is open.
+    `on_action(context, action, item)` deals with clicks in widgets: `action` is {"type", "payload"}, `item`
+    the widget's thread item or None; ValueError and LookupError refuse it. `on_feedback(context, items,
+    kind)` hears of thumbs. `transcribe(audio, media_type)` makes text of recordings; without one, OpenAI does
+    where there is an OPENAI_API_KEY. `lifespan` is FastAPI's. Raises SettingsError.
     """
     if settings is None:
         settings = Settings.from_env(**overrides)
+    elif not isinstance(settings, Settings):
+        raise SettingsError(f"settings is {settings!r}: give Settings(...), or its fields by name.")
     elif overrides:
-        settings = replace(settings, **overrides)
-    chat = Chat(settings, agent, on_action=on_action, transcribe=transcribe)
+        settings = Settings(**{**dict(settings), **overrides})
+    if lifespan is not None and not callable(lifespan):
+        raise SettingsError(f"lifespan is {lifespan!r}: give an async context manager function of the app.")
+    if store is not None and "database" in overrides:
+        raise SettingsError("store and database are two files: give one of them.")
+    handlers = {"on_action": on_action, "on_feedback": on_feedback, "transcribe": transcribe}
+    chat = Chat(settings, agent, store, **handlers)
     set_tracing_disabled(not settings.tracing)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await chat.open()
+    async def living(app: FastAPI) -> AsyncIterator[Any]:
+        await chat.open()  # first: the app's own lifespan may need the store
         try:
-            yield
+            async with lifespan(app) if lifespan else contextlib.nullcontext() as state:
+                yield state
         finally:
             await chat.close()
 
-    app = FastAPI(title="ChatKit server", docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False)
+    routes = [*router.routes, *(todo_router.routes if chat.is_todo else ())]
+    app = FastAPI(title=settings.title, version="2", redoc_url=None, lifespan=living, routes=routes)
     app.state.chat = chat
-    app.add_middleware(Gate, chat=chat, authenticate=authenticator(settings))
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=list(settings.cors_origins),
-        allow_methods=["GET", "POST", "PATCH", "DELETE"],
-        allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
-        expose_headers=["X-Thread-Id", "Retry-After"],
-    )
-
-    @app.exception_handler(ClientDisconnect)
-    @app.exception_handler(Refused)
-    @app.exception_handler(StoreError)
-    @app.exception_handler(sqlite3.Error)
-    async def refuse(_: Request, error: Exception) -> Response:
-        return failure(chat, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_parameters(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return JSONResponse({"detail": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
-
-    def plain_stream(turn: Turn) -> Response:
-        return EventStream(turn, PlainEncoder(turn))
-
-    @app.post("/chatkit", openapi_extra=body_schema(CHATKIT_BODY))
-    async def post_chatkit(request: Request, caller: Who) -> Response:
-        """Answer a message (plain dialect), or one request of the ChatKit protocol."""
-        body = await read_json(request, audio_limit=settings.max_attachment_bytes * 4 // 3 + 1024)
-        if "type" in body:
-            return await answer_chatkit(chat, caller, body, base_url(request))
-        message, conversation_id = plain_message(body)
-        return plain_stream(await chat.begin_message(caller, message, conversation_id))
-
-    @app.get("/api/conversations")
-    async def get_conversations(
-        caller: Who,
-        limit: Annotated[int, Query(ge=1, le=100)] = 50,
-        offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
-        q: Annotated[str, Query(max_length=200)] = "",
-    ) -> Response:
-        """The caller's conversations, the most recent first; with `q`, those in which all its words occur."""
-        if q.strip():
-            rows = await chat.store.search_conversations(caller.user_id, q, limit, offset)
-        else:
-            rows = await chat.store.conversations(caller.user_id, limit, offset)
-        return JSONResponse([rest_conversation(row) for row in rows])
-
-    @app.get("/api/conversations/recent/first")
-    async def get_most_recent(caller: Who) -> Response:
-        """The most recent conversation, or null."""
-        rows = await chat.store.conversations(caller.user_id, 1)
-        return JSONResponse(rest_conversation(rows[0]) if rows else None)
-
-    @app.get("/api/conversations/{conversation_id}")
-    async def get_conversation(conversation_id: str, caller: Who) -> Response:
-        """A conversation with all its messages."""
-        conversation = await chat.conversation(caller.user_id, row_id(conversation_id, "Conversation"))
-        rows = await chat.store.messages(caller.user_id, conversation["id"])
-        return JSONResponse({**rest_conversation(conversation), "messages": [rest_message(row) for row in rows]})
-
-    @app.patch("/api/conversations/{conversation_id}", openapi_extra=body_schema(PATCH_BODY))
-    async def patch_conversation(conversation_id: str, request: Request, caller: Who) -> Response:
-        """Rename a conversation, or lock, close or reopen it."""
-        number = row_id(conversation_id, "Conversation")
-        conversation = await chat.conversation(caller.user_id, number)
-        body = await read_json(request)
-        status, reason = body.get("status"), body.get("reason")
-        if "title" not in body and "status" not in body:
-            raise Refused(400, "Give a title, or a status")
-        if "status" in body and status not in ("active", "locked", "closed"):
-            raise Refused(400, "status must be active, locked or closed")
-        if reason is not None and (not isinstance(reason, str) or len(reason) > 500):
-            raise Refused(400, "reason must be text of at most 500 characters")
-        if "title" in body:
-            conversation = await rename(chat, caller.user_id, number, body["title"])
-        if "status" in body:
-            changed = await chat.store.set_conversation_status(caller.user_id, number, cast(str, status), reason)
-            conversation = changed or conversation
-        fields = rest_conversation(conversation)
-        return JSONResponse({**fields, "status": conversation["status"], "reason": conversation["status_reason"]})
-
-    @app.delete("/api/conversations/{conversation_id}")
-    async def delete_conversation(conversation_id: str, caller: Who) -> Response:
-        """Stop what is being answered, and remove the conversation with all that belongs to it."""
-        number = row_id(conversation_id, "Conversation")
-        await chat.delete_conversation(caller.user_id, number)
-        return JSONResponse({"status": "deleted", "id": number})
-
-    @app.get("/api/conversations/{conversation_id}/stream")
-    async def get_stream(
-        conversation_id: str, caller: Who, last_event_id: Annotated[str | None, Header()] = None
-    ) -> Response:
-        """Join the running answer, from its start or after Last-Event-ID; 204 where none runs."""
-        conversation = await chat.conversation(caller.user_id, row_id(conversation_id, "Conversation"))
-        turn = chat.turns.get(conversation["id"])
-        if turn is None:
-            return Response(status_code=204)
-        encoder = PlainEncoder(turn)
-        return EventStream(turn, encoder, seen=encoder.seen_by(last_event_id))
-
-    @app.post("/api/conversations/{conversation_id}/cancel")
-    async def post_cancel(conversation_id: str, caller: Who) -> Response:
-        """Stop the running answer; what was said so far is kept. 409 where none runs."""
-        await chat.cancel(caller.user_id, row_id(conversation_id, "Conversation"))
-        return JSONResponse({"status": "cancelled"})
-
-    @app.post("/api/conversations/{conversation_id}/retry")
-    async def post_retry(conversation_id: str, caller: Who) -> Response:
-        """Remove all that came after the last user's message, and answer that anew: a plain stream."""
-        return plain_stream(await chat.begin_retry(caller, row_id(conversation_id, "Conversation")))
-
-    @app.post("/api/conversations/{conversation_id}/tool_output", openapi_extra=body_schema(TOOL_OUTPUT_BODY))
-    async def post_tool_output(conversation_id: str, request: Request, caller: Who) -> Response:
-        """Give the pending client tool call its result; the agent goes on: a plain stream."""
-        number = row_id(conversation_id, "Conversation")
-        body = await read_json(request)
-        if "result" not in body or not isinstance(body.get("id"), (str, type(None))):
-            raise Refused(400, "Give a result, and the id of the call if you like")
-        return plain_stream(await chat.begin_tool_output(caller, number, body["result"], body.get("id")))
-
-    @app.post("/api/conversations/{conversation_id}/answers", openapi_extra=body_schema(ANSWERS_BODY))
-    async def post_answers(conversation_id: str, request: Request, caller: Who) -> Response:
-        """Answer pending questions, or skip them; the agent goes on: a plain stream."""
-        number = row_id(conversation_id, "Conversation")
-        body = await read_json(request)
-        try:
-            given = Answers.model_validate(body)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise Refused(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        answers = {key: answer.model_dump() for key, answer in given.answers.items()}
-        item_id = row_id(body.get("item_id"), "Item")
-        return plain_stream(await chat.begin_answers(caller, number, item_id, given.status, answers))
-
-    @app.post("/attachments")
-    async def post_attachment(request: Request, caller: Who) -> Response:
-        """A direct upload: the field `file` of a form becomes an attachment, whose JSON comes back."""
-        name, mime_type, data = await read_file(request, settings.max_attachment_bytes)
-        mime_type = check_file(settings, mime_type, len(data))
-        file = await chat.store.add_attachment(caller.user_id, name, mime_type, len(data), data)
-        return JSONResponse(attachment_json(file, base_url(request)))
-
-    @app.post("/attachments/{attachment_id}")
-    async def post_upload(attachment_id: str, request: Request, key: str = "") -> Response:
-        """The second phase of an upload: the bytes of an announced attachment. The key works once."""
-        announced = await chat.store.announced_attachment(attachment_id, key)
-        if announced is None:
-            raise Refused(404, "Attachment not found, or uploaded already")
-        _, mime_type, data = await read_file(request, announced["size"])
-        if len(data) != announced["size"] or check_file(settings, mime_type) != announced["mime_type"]:
-            raise Refused(400, "The file is not of the size and type that were announced")
-        file = await chat.store.fill_attachment(attachment_id, key, data)
-        if file is None:
-            raise Refused(404, "Attachment not found, or uploaded already")
-        return JSONResponse(attachment_json(file, base_url(request)))
-
-    @app.get("/attachments/{attachment_id}")
-    async def get_attachment(attachment_id: str, request: Request, key: str = "") -> Response:
-        """A file's bytes, for its owner or whoever has its key. Nothing in it can run in this origin."""
-        caller = getattr(request.state, "caller", None)
-        user_id = caller.user_id if caller else None
-        file = await chat.store.attachment(attachment_id, user_id=user_id, key=key or None)
-        if file is None:
-            raise Refused(404, "Attachment not found")
-        headers = {
-            "Content-Type": file["mime_type"],
-            "Content-Disposition": f"attachment; filename*=UTF-8''{urllib.parse.quote(file['name'], safe='')}",
-            "Content-Security-Policy": "sandbox; default-src 'none'",
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "private, no-store",
-        }
-        return Response(file["data"], headers=headers)
-
-    if chat.has_tasks:
-
-        @app.get("/api/tasks")
-        async def get_tasks(caller: Who) -> Response:
-            """The to-do list of the built-in assistant."""
-            return JSONResponse(await chat.store.tasks(caller.user_id))
-
-        @app.patch("/api/tasks/{task_id}", openapi_extra=body_schema(TASK_BODY))
-        async def patch_task(task_id: str, request: Request, caller: Who) -> Response:
-            """Tick a task, or untick it."""
-            number = row_id(task_id, "Task")
-            done = (await read_json(request)).get("done")
-            if not isinstance(done, bool):
-                raise Refused(400, "done must be true or false")
-            task = await chat.store.update_task(caller.user_id, number, done=done)
-            if task is None:
-                raise Refused(404, "Task not found")
-            return JSONResponse(task)
-
-    @app.get("/", include_in_schema=False)
-    async def get_page() -> Response:
-        """The page."""
-        return HTMLResponse(PAGE, headers=page_headers())
-
-    @app.get("/health")
-    async def get_health() -> Response:
-        """Whether the database answers; and which model does."""
-        await chat.store.check()
-        return JSONResponse({"status": "healthy", "model": chat.model_name})
-
+    app.state.user_of = token_reader(settings) if settings.needs_token else None
+    allowed: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_credentials": True}
+    exposed = ["X-Thread-Id", "Retry-After"]
+    app.add_middleware(Doorman, allow_origins=settings.cors_origins, expose_headers=exposed, **allowed)
+    for failure in (HTTPException, RequestValidationError, StoreError, sqlite3.Error):
+        app.add_exception_handler(failure, refuse)
     return app
 
 
-def page_headers() -> dict[str, str]:
-    """A Content-Security-Policy that allows the page's own script and style, by their hashes, and nothing else."""
-
-    def digest(tag: str) -> str:
-        text = PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    policy = (
-        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"  # a notebook may show it
-    )
-    return {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-
-
-def body_schema(properties: Row) -> Row:
-    """What the OpenAPI document says of a body that a route reads by itself."""
-    schema = {"type": "object", "properties": properties}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-CHATKIT_BODY: Row = {
-    "message": {"type": "string", "description": "plain dialect: what the person says"},
-    "thread_id": {"type": "integer", "description": "plain dialect: the conversation to go on with"},
-    "attachments": {"type": "array", "items": {"type": "string"}},
-    "model": {"type": "string"},
-    "tool_choice": {"type": "string"},
-    "type": {"type": "string", "enum": list(OPERATIONS), "description": "ChatKit protocol: the operation"},
-    "params": {"type": "object", "description": "ChatKit protocol: its parameters"},
-}
-PATCH_BODY: Row = {
-    "title": {"type": "string", "minLength": 1, "maxLength": 200},
-    "status": {"type": "string", "enum": ["active", "locked", "closed"]},
-    "reason": {"type": "string"},
-}
-TOOL_OUTPUT_BODY: Row = {"result": {}, "id": {"type": "string"}}
-ANSWERS_BODY: Row = {
-    "item_id": {"type": "integer"},
-    "status": {"type": "string", "enum": ["answered", "skipped"]},
-    "answers": {"type": "object"},
-}
-TASK_BODY: Row = {"done": {"type": "boolean"}}
-
-
-# ============================================================================================================ Page
+# ======================================================================================================= Page
 # The built-in web page: one file of HTML, CSS and JavaScript, and a whole client for the plain dialect.
 
 PAGE = r"""<!DOCTYPE html>
@@ -3896,656 +4574,907 @@ PAGE = r"""<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ChatKit</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cpath
- fill='%230b6e66' d='M7 4h18a5 5 0 0 1 5 5v9a5 5 0 0 1-5 5H14l-7 6v-6a5 5 0 0 1-5-5V9a5 5 0 0 1 5-5z'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'%3E
+%3Cpath fill='%230b6e66' d='M1 1h7v5H4L2 8V6H1z'/%3E%3C/svg%3E">
 <style>
 :root { color-scheme: light dark; --bg: light-dark(#fff, #1b1c1d); --side: light-dark(#f7f7f5, #151617);
-  --line: light-dark(#e5e4e0, #333537); --text: light-dark(#1f1e1c, #e8e7e4); --muted: light-dark(#66635d, #a5a39e);
-  --soft: light-dark(#eef3f2, #263130); --hover: light-dark(#ecebe8, #26282a); --accent: light-dark(#0b6e66, #74cfc3);
-  --back: light-dark(#fff, #06231f); --danger: light-dark(#a8201a, #ffa69e); --warn: light-dark(#855300, #eec46f); }
+  --line: light-dark(#e0dfda, #383a3c); --text: light-dark(#222, #e8e7e4); --muted: light-dark(#666, #a5a39e);
+  --soft: light-dark(#ecf1f0, #263130); --accent: light-dark(#0b6e66, #74cfc3);
+  --back: light-dark(#fff, #021); --danger: light-dark(#a8201a, #ffa69e);
+  --warning: light-dark(#855300, #eec46f); }
 * { box-sizing: border-box; overflow-wrap: anywhere; }
 body { margin: 0; height: 100dvh; display: flex; overflow: hidden; background: var(--bg); color: var(--text);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-[hidden], .row button, body:not(.demo) .demo, body:has(#tasks:not([hidden])) .widget { display: none !important; }
-button, input, textarea, fieldset, .tool, .notice, .code, #box, #model, dialog {
+[hidden], .item:empty, [aria-busy=true] > :last-child .foot { display: none !important; }
+button, input, select, textarea, fieldset, .tool, .notice, .code, #box, #model, dialog, .card, .list {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
-button { cursor: pointer; padding: .35rem .8rem; white-space: nowrap; flex: none; }
+button { cursor: pointer; padding: .3rem .8rem; }
 button:disabled { opacity: .5; cursor: default; }
-button:hover, .new:hover, .row:hover, .current { background: var(--hover); }
+:is(button, .panel a, .entry[role]):hover, [aria-current], [aria-pressed=true] { background: var(--soft); }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--back); }
-button.icon { border: 0; padding: .4rem; line-height: 0; color: var(--muted); background: none; }
+:is(.foot, #actions, .chips, .code) button, #attach, #box select { border: 0; padding: .2rem .5rem;
+  color: var(--muted); font-size: .875rem; }
 input, textarea { width: 100%; padding: .5rem .75rem; }
-[type=checkbox], [type=radio] { width: 1.05rem; height: 1.05rem; margin: 0; flex: none; accent-color: var(--accent); }
-svg { width: 1.2em; height: 1.2em; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75; }
-a { color: var(--accent); } #box:focus-within { border-color: var(--accent); } h1, h2 { font-size: 1rem; margin: 0; }
+select { padding: .4rem .5rem; max-width: 100%; }
+:is([type=checkbox], [type=radio]) { width: 1rem; height: 1rem; flex: none; accent-color: var(--accent); }
+a { color: var(--accent); }
+h1, h2 { font-size: 1rem; margin: 0; }
+ul { list-style: none; margin: 0; padding: 0; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-::placeholder, .quiet, .widget, #model, dialog p { color: var(--muted); opacity: 1; }
-.quiet, .widget, #model { font-size: .875rem; margin: 0; }
-/* The side panels: popovers on narrow screens (Esc and a click outside close them), columns on wide ones. */
-.panel { position: fixed; inset: 0 auto 0 0; margin: 0; width: min(18rem, 86vw); height: 100dvh; padding: 1rem;
-  border: 0; background: var(--side); color: var(--text); flex-direction: column; gap: .7rem; overflow-y: auto; }
-.panel::backdrop, dialog::backdrop { background: #0006; } .panel ul { list-style: none; margin: 0; padding: 0; }
-.new, .row, label, header, summary, .code > div { display: flex; align-items: center; gap: .6rem; }
-.new, .row { border-radius: .7rem; } .new, .row a { color: inherit; text-decoration: none; padding: .4rem .6rem; }
-.row { gap: 0; font-size: .925rem; }
-.row a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.row:is(.current, :hover, :focus-within) button { display: block !important; }
-#tasks { left: auto; right: 0; }
-#tasks :checked + span { color: var(--muted); text-decoration: line-through; }
-.panel:popover-open { display: flex; }
-@media (min-width: 50rem) { #sidebar { position: static; display: flex; flex: 0 0 17rem; } #menu { display: none; } }
-@media (min-width: 70rem) { #tasks { position: static; display: flex; flex: 0 0 16rem; } #toTasks { display: none; } }
+::placeholder, .quiet, #model, dialog p { color: var(--muted); opacity: 1; }
+.quiet, #model, .tool, .chips, #composer p { font-size: .875rem; margin: 0; }
+label, header, summary, .row, .entry, .chips, .chips li, .code > div {
+  display: flex; align-items: center; gap: .6rem; }
+.panel a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+/* The side panel: a popover on narrow screens (Esc and a click outside close it), a column on wide ones. */
+.panel { position: fixed; inset: 0 auto 0 0; margin: 0; width: 17rem; height: 100dvh; padding: 1rem;
+  border: 0; background: var(--side); color: var(--text); flex-direction: column; gap: .7rem;
+  overflow-y: auto; }
+.panel a { display: block; flex: none; color: inherit; text-decoration: none; padding: .35rem .6rem;
+  border-radius: .7rem; }
+.panel:popover-open { display: flex; } ::backdrop { background: #0006; } #brand { padding-left: .6rem; }
+@media (min-width: 50rem) { .panel { position: static; display: flex; flex: none; } #menu { display: none; } }
 /* The conversation */
 main { flex: 1; min-width: 0; display: flex; flex-direction: column; }
-header { padding: .6rem 1.25rem; min-height: 3.5rem; } #model { padding: .1rem .65rem; border-radius: 1rem; }
-#banner { margin: 0; padding: .4rem; text-align: center; color: var(--warn); background: var(--side); }
+header { padding: .6rem 1.25rem; min-height: 3.5rem; } #model { padding: .1rem .65rem; }
+#banner { margin: 0; padding: .4rem; text-align: center; color: var(--warning); background: var(--side); }
 #scroller { flex: 1; overflow: hidden auto; outline-offset: -3px; }
 #log, #thinking, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 0 1.25rem .75rem; }
-#log > * { margin: 1.25rem 0; } #welcome { text-align: center; padding: 14vh 1.25rem 0; }
-#welcome h2 { font-size: 1.6rem; margin-bottom: .4rem; }
-#welcome button { border-radius: 1.2rem; padding: .4rem 1rem; margin: .7rem .2rem 0; }
-#log > .user { width: fit-content; max-width: 85%; margin-left: auto; padding: .6rem 1rem; white-space: pre-wrap;
-  background: var(--soft); border-radius: 1.2rem 1.2rem .3rem 1.2rem; }
-.assistant :is(p, ul, ol) { margin: 0 0 .75rem; padding: 0; white-space: pre-line; }
-.assistant li { margin: .25rem 0 .25rem 1.5rem; } .assistant li :is(ul, ol) { margin: 0; }
-.assistant :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
+#log > .item { margin: 1.25rem 0; }
+#welcome { text-align: center; padding: 14vh 1.25rem 0; } #welcome * { margin: 0 .2rem .7rem; }
+#welcome h2 { font-size: 1.6rem; }
+[data-type=user] { display: flex; flex-direction: column; align-items: flex-end; }
+.user { max-width: 85%; padding: .6rem 1rem; background: var(--soft); border-radius: 1.2rem 1.2rem .3rem; }
+.user q { display: block; color: var(--muted); }
+.user, .notice, fieldset, #thinking { white-space: pre-wrap; }
+.foot { margin-left: -.5rem; }
+@media (hover: hover) { .item:not(:hover, :focus-within, :last-child) .foot { opacity: 0; } }
+.md :is(p, ul, ol, .table, blockquote) { margin: 0 0 .75rem; white-space: pre-line; list-style: revert; }
+.md :is(ul, ol, blockquote) { padding-left: 1.5rem; } blockquote { border-left: 3px solid var(--line); }
+.md li, .md li :is(ul, ol) { margin: .25rem 0; } .md > :last-child { margin-bottom: 0; }
+.md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
+img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; }
+.chips { flex-wrap: wrap; padding: .3rem; } .chips img { height: 5rem; } sup { line-height: 0; }
+.table { overflow-x: auto; } table { border-collapse: collapse; }
+td, th { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; }
 code, pre { font: .875em/1.5 ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, monospace; }
-:not(pre, summary) > code { background: var(--hover); border-radius: .35rem; padding: .1em .35em; }
+:is(p, li, td) > code { background: var(--soft); border-radius: .35rem; padding: .1em .35em; }
 pre { margin: 0; padding: .8rem 1rem; overflow: auto; overflow-wrap: normal; } pre code { font: inherit; }
-.code { margin: .5rem 0 .9rem; background: var(--side); overflow: hidden; } .code button { padding: 0 .6rem; }
-.code > div { justify-content: space-between; padding: .3rem .4rem .3rem 1rem; border-bottom: 1px solid var(--line); }
-.code > div, .tool, #thinking, #problem, #note { font-size: .875rem; }
+.code { margin: .5rem 0 .9rem; background: var(--side); overflow: hidden; }
+.code > div { padding: .3rem .4rem .3rem 1rem; border-bottom: 1px solid var(--line); }
+.code button, #send { margin-left: auto; }
 summary { padding: .45rem .9rem; cursor: pointer; }
 summary::before { content: ""; padding: .25rem; border-radius: 50%; border: 2px solid var(--muted); }
-summary::after { content: "\25BE"; margin-left: auto; color: var(--muted); }
-.done summary::before { border-color: var(--accent); background: var(--accent); }
-.tool p { padding: .2rem .9rem 0; }
-.tool pre { max-height: 18rem; padding: .2rem .9rem .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-#thinking { white-space: pre-line; }
-.notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; }
-.warning { border-left-color: var(--warn); }
-.danger { border-left-color: var(--danger); display: flex; justify-content: space-between; align-items: center; }
-fieldset > div { margin-bottom: .9rem; } label { padding: .3rem 0; }
-#problem { margin: 0 0 .5rem; color: var(--danger); }
-#box { display: flex; align-items: flex-end; gap: .4rem; padding: .4rem; border-radius: 1.4rem; }
-#input { border: 0; outline: 0; background: none; resize: none; max-height: 40dvh; padding: .35rem .75rem; }
-#send { border-radius: 50%; padding: .5rem; line-height: 0; }
-#note { text-align: center; text-wrap: balance; margin-top: .6rem; }
+.done > summary::before { border-color: var(--accent); background: var(--accent); }
+.tool:has(> :not(summary)) > summary::after { content: "\25BE"; margin-left: auto; color: var(--muted); }
+.tool > :not(summary) { margin: .2rem .9rem .7rem; }
+.tool pre { padding: 0; max-height: 18rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
+.warning { border-left-color: var(--warning); } .danger { border-left-color: var(--danger); }
+fieldset > div + * { margin-top: .9rem; } fieldset button { margin-right: .5rem; }
+.retry { margin-left: 1rem; }
+.item:has(~ .item:not(:empty)) .retry, [aria-busy=true] .retry { display: none; }
+/* Widgets */
+.card, .list { max-width: 34rem; border-radius: 1rem; } .card { padding: 1rem; }
+.card, .col { display: flex; flex-direction: column; gap: .5rem; min-width: 0; }
+.list > * { padding: .6rem 1rem; } .list > * + * { border-top: 1px solid var(--line); }
+.widget * { max-width: 100%; } .widget :is(p, h3) { margin: 0; line-height: 1.5; }
+.widget :is(button, .badge) { flex: none; } .row:has(> button) { flex-wrap: wrap; }
+:is(.card, .col) > button { align-self: flex-start; } .head { font-weight: 600; }
+.badge { border-radius: .4rem; padding: 0 .5rem; font-size: .8rem; background: var(--soft); }
+.entry[role] { cursor: pointer; outline-offset: -3px; } .widget[aria-busy=true] { opacity: .6; }
+.spacer { flex: 1; } .end { justify-content: flex-end; }
+hr { width: 100%; border: 0; border-top: 1px solid var(--line); margin: .3rem 0; }
+/* The composer */
+#composer p { margin-bottom: .5rem; } #problem { color: var(--danger); } #locked { color: var(--warning); }
+#box { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem; padding: .4rem; }
+#box:focus-within { border-color: var(--accent); } #box select { max-width: 35%; }
+#input { flex: 1; border: 0; outline: 0; resize: none; max-height: 40dvh; padding: .35rem .6rem; }
+#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #files:empty { display: none; }
+#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; } #note { text-align: center; }
 #announce { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-dialog { width: min(26rem, calc(100vw - 2rem)); padding: 1.4rem; box-shadow: 0 1rem 4rem #0004; }
-dialog div { display: flex; justify-content: flex-end; gap: .6rem; margin-top: 1.2rem; }
+dialog { width: min(26rem, 90vw); padding: 1.4rem; margin: auto; } dialog div { margin-top: 1.2rem; }
+#field { field-sizing: content; max-height: 50dvh; resize: none; } .secret { -webkit-text-security: disc; }
 </style>
 </head>
 <body>
-<nav id="sidebar" class="panel" popover aria-label="Conversations">
-  <a class="new" href="#/">
-    <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 5v14M5 12h14"/></svg><b>New conversation</b></a>
+<nav id="sidebar" class="panel" popover aria-label="Conversations"><b id="brand"></b>
+  <a href="#/"><b>+ New conversation</b></a>
   <input id="search" type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">
-  <ul id="list"></ul>
-  <p id="nothing" class="quiet" role="status"></p>
+  <ul id="list"></ul><p id="nothing" class="quiet" role="status"></p>
 </nav>
 <main>
-  <header>
-    <button id="menu" class="icon" popovertarget="sidebar" aria-label="Conversations">
-      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M4 12h16M4 17h10"/></svg></button>
+  <header><button id="menu" popovertarget="sidebar" aria-label="Conversations">&#9776;</button>
     <h1 id="title"></h1><span id="model" title="The model that answers" hidden></span>
-    <button id="toTasks" class="icon" popovertarget="tasks" aria-label="To-do list" hidden>
-      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7l2 2 3-3M4 16l2 2 3-3M13 8h7M13 17h7"/></svg></button>
-  </header>
+    <span id="actions"><button id="rename">Rename</button><button id="save">Export</button>
+      <button id="remove">Delete</button></span></header>
   <p id="banner" role="status" hidden></p>
   <div id="scroller" role="log" aria-live="off" aria-label="Messages" tabindex="0">
-    <div id="welcome" hidden><h2>How can I help?</h2><span class="quiet demo">Three things to try</span>
-      <div id="tries" class="demo"><button>add buy milk to my list</button><button>show my tasks</button>
-      <button>complete buy milk</button></div></div>
+    <div id="welcome" hidden><h2 id="greeting"></h2><div id="tries"></div></div>
     <div id="log"></div><p id="thinking" class="quiet" hidden></p>
   </div>
   <div id="composer">
-    <p id="problem" role="alert" hidden></p>
-    <div id="box">
+    <p id="problem" role="alert" hidden></p><p id="locked" role="status" hidden></p>
+    <div id="box"><ul id="files" class="chips"></ul>
       <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autofocus></textarea>
-      <button id="send" class="primary"><svg viewBox="0 0 24 24" aria-hidden="true"><path id="glyph"/></svg></button>
-    </div>
-    <p id="note" class="quiet demo">This is the built-in demo. To use a real model, set OPENAI_API_KEY,
+      <button id="attach">Attach</button><input id="file" type="file" multiple hidden aria-label="Files">
+      <select id="models" aria-label="Model" hidden></select>
+      <select id="tools" aria-label="Tool" hidden></select><button id="send" class="primary"></button></div>
+    <p id="note" class="quiet" hidden>This is the built-in demo. To use a real model, set OPENAI_API_KEY,
       GEMINI_API_KEY or CHATKIT_MODEL and start again.</p>
   </div>
 </main>
-<aside id="tasks" class="panel" popover aria-label="To-do list" hidden><h2>To do</h2><ul id="todo"></ul></aside>
 <dialog id="dialog" aria-labelledby="question"><form method="dialog">
-  <h2 id="question"></h2><p id="explanation"></p><input id="field" aria-labelledby="question" autocomplete="off">
-  <div><button id="no" type="button">Cancel</button><button id="yes" class="primary" value="yes">OK</button></div>
+  <h2 id="question"></h2><p id="explanation"></p>
+  <textarea id="field" rows="1" aria-labelledby="question" autocomplete="off"></textarea>
+  <div class="row end"><button id="no" type="button">Cancel</button>
+    <button id="yes" class="primary" value="yes">OK</button></div>
 </form></dialog>
 <p id="announce" role="status"></p>
-<template id="row"><li class="row"><a></a>
-  <button class="icon"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 20h4L19 9l-4-4L4 16z"/></svg></button>
-  <button class="icon"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13"/></svg>
-</button></li></template>
 <script>
 "use strict";
-// A whole client for the plain dialect: JSON requests, and answers as server-sent events. No library, no build.
+// A whole client; no library, no build. What is stored is drawn as it is loaded, again after each event that
+// changed it; only text comes word by word. ITEMS draws what a conversation consists of, WIDGETS a widget.
 const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-
-// Every node is made here, from properties and text. Nothing is parsed as HTML, so nothing that is written can run.
-function el(tag, props, ...children) {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...children);
-  return node;
+let shown = {}; // the open conversation: its id (null: not begun), title, whether it is busy or loading, ...
+// Every node is made here, of properties and text. Nothing is parsed as HTML, so nothing written can run.
+function el(tag, props, ...children) { // "p.quiet" is a p of the class quiet
+  const [name, className = ""] = tag.split("."), node = document.createElement(name);
+  node.append(...children.flat(Infinity).filter((child) => child || child === 0));
+  return Object.assign(node, { className }, props);
 }
-const quiet = (textContent, tag = "p") => el(tag, { className: "quiet", textContent });
+const quiet = (text, tag = "p") => text && el(`${tag}.quiet`, {}, text);
 const show = (node, text) => Object.assign(node, { textContent: text, hidden: !text });
+const complain = ({ message }) => show(page.problem, message);
+const link = (href, ...label) => el("a", { href, target: "_blank", rel: "noopener" }, label);
+const push = (label, onclick) => el("button", { type: "button", onclick }, label);
 
 // ---------- Requests ----------
 const tokenKey = `chatkit token ${base}`; // in sessionStorage, which is this tab's alone
-let asking = null, polling = null;
-
+let asking = null, polling = null, config = {};
 // Every request, with the token if there is one. Throws: an error with a status is the server's refusal.
 async function api(path, method = "GET", body) {
+  const isForm = body instanceof FormData;
   for (;;) {
-    const token = sessionStorage.getItem(tokenKey), headers = { "Content-Type": "application/json" };
+    const token = sessionStorage.getItem(tokenKey), headers = {};
     if (token) headers.Authorization = `Bearer ${token}`;
-    const response = await fetch(base + path, { method, headers, body: JSON.stringify(body), cache: "no-store" });
+    if (!isForm) headers["Content-Type"] = "application/json";
+    const options = { method, headers, body: isForm ? body : JSON.stringify(body), cache: "no-store" };
+    const response = await fetch(base + path, options), { status } = response;
     if (response.ok) return response;
-    const { detail } = await response.json().catch(() => ({}));
-    const error = new Error(detail ?? `The server answered with status ${response.status}.`);
-    if (response.status !== 401) throw Object.assign(error, { status: response.status });
+    const { detail = `The server's status is ${status}.` } = await response.json().catch(() => ({}));
+    if (status !== 401) throw Object.assign(new Error(detail), { status });
     // One question for all requests that are refused together, and none if the token has changed meanwhile.
-    if (token === sessionStorage.getItem(tokenKey)) await (asking ??= askToken(token && error.message));
+    if (token === sessionStorage.getItem(tokenKey)) await (asking ??= askToken(token && detail));
   }
 }
 const getJson = async (path) => (await api(path)).json();
+const here = (path = "") => `api/conversations/${shown.id}${path}`;
+const operate = (type, params) => // in ChatKit's dialect
+  api("chatkit", "POST", { type, params: { thread_id: String(shown.id), ...params } });
 async function askToken(reason) {
-  const given = await ask("This server asks for a token", reason || "It stays in this tab only.", "", "password");
+  const given = await ask("This server asks for a token", reason || "It stays in this tab.", "", "secret");
   sessionStorage.setItem(tokenKey, (given ?? "").replace(/[^!-~]/g, "")); // what a header can carry
   asking = null;
 }
-
-// Resolves to what was given in the dialog, or to null if it was left. Without a value there is no field to fill.
-function ask(title, text, value, type = "text") {
+// Resolves to what was given in the dialog, or to null if it was left. Without a value there is no field.
+const ask = (title, text, value, className = "") => new Promise((resolve) => {
   show(page.question, title);
   show(page.explanation, text);
-  Object.assign(page.field, { type, value: value ?? "", hidden: value === undefined });
+  Object.assign(page.field, { className, value: value ?? "", hidden: value === undefined });
   page.dialog.returnValue = "";
+  page.dialog.onclose = () => resolve(page.dialog.returnValue ? page.field.value : null);
   page.dialog.showModal();
   page.field.select();
-  return new Promise((resolve) => {
-    page.dialog.onclose = () => resolve(page.dialog.returnValue ? page.field.value : null);
-  });
-}
+});
 page.no.onclick = () => page.dialog.close();
-
-// Waits until the server is there. All who wait share one poll.
+// Waits until the server is there, and takes what it offers. All who wait share one poll.
 const serverBack = () => polling ??= (async () => {
-  for (let pause = 400; ; pause = Math.min(5000, pause * 2)) {
-    const health = await getJson("health").catch(() => null);
-    show(page.banner, health ? "" : "The server does not answer. Trying again\u2026");
-    show(page.model, health?.model ?? page.model.textContent);
-    document.body.classList.toggle("demo", page.model.textContent === "demo");
-    if (health) return polling = null;
+  for (let pause = 400; !await getJson("health").catch(() => null); pause = Math.min(5000, pause * 2)) {
+    show(page.banner, "The server does not answer. Trying again\u2026");
     await sleep(pause);
   }
+  show(page.banner, polling = null);
+  getJson("api/config").then(configure, () => {});
 })();
-
-// Server-sent events by hand, as EventSource can neither POST nor send a token. Ends at [DONE]; throws when the stream
-// ends without it or is silent for a minute (the server's keep-alive comments come more often).
+function configure(given) {
+  const { title, greeting, starters, model, models, tools } = config = given;
+  const offer = (node, first, names) => Object.assign(node, { hidden: !names.length }).replaceChildren(
+    ...["", ...names].map((value) => el("option", { value }, value || first)));
+  offer(page.models, model, models.length > 1 ? models.filter((name) => name !== model) : []);
+  offer(page.tools, "Any tool", tools.map(({ name }) => name));
+  page.tries.replaceChildren(...starters.map((text) => push(text, () => send(text))));
+  [page.brand.textContent, page.greeting.textContent, page.note.hidden] = [title, greeting, model !== "demo"];
+  show(page.model, page.models.hidden && model);
+  setThread({});
+}
+// Server-sent events by hand, as EventSource can neither POST nor send a token. A plain stream ends at
+// [DONE], ChatKit's by closing. Throws where its view is given, and it breaks off or is silent for a minute.
 async function* readEvents(response, view) {
-  const reader = view.reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  try {
-    for (let buffer = ""; ;) {
-      const silence = setTimeout(() => reader.cancel(), 60_000);
-      const { value, done } = await reader.read().finally(() => clearTimeout(silence));
-      if (done) throw new Error("The stream broke off");
-      const blocks = (buffer + value).split("\n\n");
-      buffer = blocks.pop();
-      for (const block of blocks) {
-        const data = block.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
-        if (data === "[DONE]") return;
-        if (data) yield JSON.parse(data);
-      }
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  if (view) view.reader = reader;
+  for (let buffer = "", read = {}; !read.done;) {
+    const silence = setTimeout(() => reader.cancel(), 60_000);
+    read = await reader.read().finally(() => clearTimeout(silence));
+    const blocks = (buffer + (read.value ?? "")).split("\n\n");
+    buffer = blocks.pop();
+    for (const [data] of blocks.map((block) => /(?<=^data: )[^\n]+/m.exec(block) ?? [])) {
+      if (data === "[DONE]") return;
+      if (data) yield JSON.parse(data);
     }
-  } finally {
-    reader.cancel().catch(() => {});
   }
+  if (view) throw new Error("The stream broke off");
+}
+async function download(path, name) {
+  const href = URL.createObjectURL(await (await api(path)).blob());
+  el("a", { href, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }
 
 // ---------- Markdown: the common subset, as nodes ----------
-const BLOCK = new RegExp([ // code to its end or to that of the text, or whatever else stands without a gap
-  /^(?<indent>[ \t]*)(?<fence>`{3,}|~{3,})(?<language>[^`\n]*)(?:\n(?<code>[^]*?))?(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))/,
-  /(?:^(?![ \t]*(?:`{3,}[^`\n]*$|~{3})).*\S.*\n?)+/,
-].map((part) => part.source).join("|"), "gm");
-const PART = /\n(?=[ \t]*(?:#{1,6}|[-*+]|\d{1,9}[.)]) )|(?<=^#{1,6} .*)\n/m; // what headings and items are cut at
-
-function blockNodes(source, { code, fence, indent, language }) {
-  if (fence) return [codeBlock(language.trim() || "code", `\n${code ?? ""}`.replaceAll(`\n${indent}`, "\n"))];
-  const nodes = [], lists = []; // lists: those that are open, the outermost first
-  for (const part of source.trimEnd().split(PART)) {
-    const [, { length: depth }, level, bullet, start, text] =
-      /^([ \t]*)(?:(#{1,6}) |([-*+]) |(\d{1,9})[.)] )?([^]*)$/.exec(part);
-    const item = bullet || start;
-    while (lists.length && !(item && lists.at(-1).depth <= depth)) lists.pop();
-    if (item && !(depth < lists.at(-1)?.depth + 2)) { // the first, or deeper than the one before
-      const list = el(start ? "ol" : "ul", { depth, ...(start && { start }) });
-      lists.length ? lists.at(-1).lastChild.append(list) : nodes.push(list);
-      lists.push(list);
-    }
-    if (item) lists.at(-1).append(el("li", {}, ...inline(text)));
-    else nodes.push(el(level ? `h${Math.min(6, level.length + 2)}` : "p", {}, ...inline(text)));
-  }
-  return nodes;
+// BLOCKS and SPANS say what a text and a line of it consist of: a pattern, and how what it caught is drawn.
+const ITEM = "[ \\t]*(?:[-*+]|\\d{1,9}[.)]) ", BEGIN = `${ITEM}|#{1,6} |>|\\||[ \\t]*(?:\`{3}|~{3})`;
+const nested = (tag) => (text) => el(tag, {}, inline(text));
+const BLOCKS = [
+  [/^([ \t]*)(?<fence>`{3,}|~{3,})([^`\n]*)$\n?([^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))/, codeBlock],
+  [/^(#{1,6}) (.+)$/, (marks, text) => nested(`h${Math.min(6, marks.length + 2)}`)(text)],
+  [/((?:^>(?![> ]{16}).*\n?)+)/, (text) => el("blockquote", {}, blocks(text.replace(/^> ?/gm, "")))],
+  [/((?:^\|.*\n?)+)/, (text) => tableOf(text.trimEnd().split("\n"))],
+  [new RegExp(`(^${ITEM}.*(?:\\n\\s*(?=${ITEM}|[ \\t]{2,}\\S).*|\\n(?!${BEGIN}).*\\S.*)*)`), listOf],
+  [new RegExp(`(^.*\\S.*(?:\\n(?!${BEGIN}).*\\S.*)*)`), nested("p")],
+];
+const SPANS = [
+  [/\\([!-/:-@[-`{-~])/, (text) => text],
+  [/(?<!`)(?<ticks>`{1,2})(?!`)(.+?)(?<!`)\k<ticks>(?!`)/, (ticks, text) => el("code", {}, text)],
+  [/~~(?=\S)(.+?)~~/, nested("s")],
+  [/\*\*(?=\S)(.+?)\*\*(?!\*)/, nested("strong")], [/(?<!\w)__(?=\S)(.+?)__(?!\w)/, nested("strong")],
+  [/\*(?=[^\s*])([^*]*[^\s*])\*/, nested("em")], [/(?<!\w)_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, nested("em")],
+  [/!\[([^[\]]*)\]\(([^\s()]+)[^()\n]*\)/, (alt, src) => picture(src, alt)],
+  [/\[\^(\d+)\](?:\((https?:\/\/[^\s()]+)\))?/, // the number of a source, see cited()
+    (number, href) => el("sup", {}, href ? link(href, number) : number)],
+  [/\[([^[\]]+)\]\((https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/, (label, href) => link(href, inline(label))],
+  [/(\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/, (href) => link(href, href)],
+];
+const anyOf = (table, flags) =>
+  new RegExp(table.map(([{ source }], i) => `(?<is${i}>${source})`).join("|"), flags);
+const BLOCK = anyOf(BLOCKS, "gm"), SPAN = anyOf(SPANS, "gs");
+function drawMatch(table, flags, { 0: whole, groups }) {
+  const [{ source }, drawing] = table.find((_, i) => groups[`is${i}`] !== undefined);
+  return drawing(...new RegExp(source, flags).exec(whole).slice(1));
 }
-function codeBlock(language, text) {
-  const pre = el("pre", { tabIndex: 0 }, el("code", {}, text.replace(/^\n|\n$/g, "")));
-  const copy = el("button", { textContent: "Copy", onclick: async () => { // plain http has no clipboard
-    const copied = await navigator.clipboard?.writeText(pre.textContent).then(() => "Copied", () => null);
-    copy.textContent = copied ?? "No clipboard";
-  } });
-  return el("div", { className: "code" }, el("div", { className: "quiet" }, language, copy), pre);
-}
-
-const INLINE = new RegExp([
-  /\\(?<escaped>[!-/:-@[-`{-~])/, /(?<!`)(?<ticks>`{1,2})(?!`)(?<code>.+?)(?<!`)\k<ticks>(?!`)/,
-  /\*\*(?=\S)(?<stars>.+?)\*\*(?!\*)/, /(?<!\w)__(?=\S)(?<bold>.+?)__(?!\w)/,
-  /\*(?=[^\s*])(?<star>[^*]*[^\s*])\*/, /(?<!\w)_(?=[^\s_])(?<em>[^_]*[^\s_])_(?!\w)/,
-  /\[(?<label>[^[\]]+)\]\((?<href>https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/,
-  /(?<url>\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/,
-].map((part) => part.source).join("|"), "gs");
 function inline(text) {
-  const nodes = [];
   let end = 0;
-  for (const { 0: whole, index, groups } of text.matchAll(INLINE)) {
-    const { escaped, code, stars, bold = stars, star, em = star, label, url, href = url } = groups;
-    nodes.push(text.slice(end, index));
-    end = index + whole.length;
-    if (escaped) nodes.push(escaped);
-    else if (code) nodes.push(el("code", {}, code));
-    else if (bold) nodes.push(el("strong", {}, ...inline(bold)));
-    else if (em) nodes.push(el("em", {}, ...inline(em)));
-    else nodes.push(el("a", { href, target: "_blank", rel: "noopener" }, ...(label ? inline(label) : [url])));
-  }
-  return [...nodes, text.slice(end)];
+  return [...text.matchAll(SPAN)].flatMap((match) => {
+    const before = text.slice(end, match.index);
+    end = match.index + match[0].length;
+    return [before, drawMatch(SPANS, "s", match)];
+  }).concat(text.slice(end));
 }
-
-// ---------- What a conversation shows ----------
-let shown = null; // the open conversation: its id (null: not begun), whether it is busy, its items by their ids, ...
-
-function put(node) {
-  page.welcome.hidden = true;
-  return page.log.appendChild(node);
-}
-const putUser = (text) => put(el("div", { className: "user" }, text));
-const itemOf = (view, id, make) => view.items.get(id) ?? view.items.set(id, make()).get(id);
-const messageOf = (view, id) => itemOf(view, id, () => ({ node: put(el("div", { className: "assistant" })) }));
-
-function paint(message) { // of a message that grows, only the last block is made anew
-  const { node, text } = message, blocks = [...text.replaceAll("\r", "").matchAll(BLOCK)];
-  message.frame = null;
-  while (node.children.length > blocks.length) node.lastChild.remove();
-  blocks.forEach(({ 0: source, groups }, i) => {
-    if (node.children[i]?.source === source) return;
-    node.children[i]?.remove();
-    node.insertBefore(el("div", { source }, ...blockNodes(source, groups)), node.children[i] ?? null);
+const blocks = (text) => [...text.matchAll(BLOCK)].map((match) => drawMatch(BLOCKS, "m", match));
+function paint(node, text) { // of a text that grows, only the last block is made anew
+  const found = [...text.replaceAll("\r", "").matchAll(BLOCK)];
+  while (node.children.length > found.length) node.lastChild.remove();
+  found.forEach((match, i) => {
+    const old = node.children[i], [source] = match;
+    if (old?.source === source) return;
+    node.insertBefore(Object.assign(drawMatch(BLOCKS, "m", match), { source }), old ?? null);
+    old?.remove();
   });
-}
-const toolOf = (view, { id, name, args }) => itemOf(view, id, () => {
-  const pretty = (value) => typeof value === "string" ? value : JSON.stringify(value, null, 2);
-  const state = quiet("running\u2026", "span"), result = el("pre", { tabIndex: 0 });
-  const node = put(el("details", { className: "tool" }, el("summary", {}, el("code", {}, name), state),
-    quiet("Arguments"), el("pre", { tabIndex: 0 }, pretty(args ?? {})), quiet("Result"), result));
-  return { end(how, value = "") {
-    if (node.classList.contains("done")) return;
-    node.className = `tool ${state.textContent = how}`;
-    result.textContent = pretty(value);
-  } };
-});
-function form(view, { id, inputs }) { // what a tool asks the person
-  const groups = inputs.map(({ id: name, type, question, description = "", options, multiple }) => {
-    const choice = ({ value }) => el("label", {},
-      el("input", { type: multiple ? "checkbox" : "radio", name, value, required: !multiple }), value);
-    const fields = type === "multiple_choice" ? options.map(choice)
-      : [el("textarea", { rows: 2, name, required: true, ariaLabel: question })];
-    return el("div", { role: "group", ariaLabel: question }, el("strong", {}, question), quiet(description), ...fields);
-  });
-  const node = el("form", {}, el("fieldset", {}, ...groups, el("button", { className: "primary" }, "Send answers")));
-  node.onsubmit = (event) => {
-    event.preventDefault();
-    const given = new FormData(node);
-    const answers = Object.fromEntries(inputs.map((input) => [input.id, { values: given.getAll(input.id) }]));
-    goOn(view, "answers", { item_id: id, status: "answered", answers });
-  };
   return node;
 }
-const retryButton = (view) => el("button", { className: "retry", onclick: () => goOn(view, "retry") }, "Retry");
+const markdown = (text = "") => paint(el("div.md", {}), text);
+function listOf(text) { // an item's first line, and what is indented below it
+  const [, indent, start] = /^([ \t]*)(\d*)/.exec(text), deeper = `(?![ \\t]{${indent.length + 2}})`;
+  const items = text.split(new RegExp(`\\n\\s*?(?=^${deeper}${ITEM})`, "m"));
+  return el(start ? "ol" : "ul", start && { start }, items.map((item) => {
+    const [, first, rest] = /^\s*\S+ (.*)([^]*)$/.exec(item);
+    return el("li", {}, inline(first), blocks(rest));
+  }));
+}
+function tableOf(lines) {
+  const [head, rule, ...rows] = lines.map((line) => line.replace(/^\||\| *$/g, "").split(/(?<!\\)\|/));
+  if (!rule?.every((cell) => /^ *:?-+:? *$/.test(cell))) return nested("p")(lines.join("\n"));
+  return grid([head, ...rows].map((row) => row.map((cell) => inline(cell.trim().replaceAll("\\|", "|")))));
+}
+const cells = (tag, row) => el("tr", {}, row.map((cell) => el(tag, {}, cell)));
+const table = (...rows) => el("div.table", { tabIndex: 0 }, el("table", {}, rows));
+const grid = ([head, ...rows]) => table(cells("th", head), rows.map((row) => cells("td", row)));
+function codeBlock(indent, fence, language, text) {
+  const code = `\n${text}`.replaceAll(`\n${indent}`, "\n").slice(1).replace(/\n$/, "");
+  const head = el("div.quiet", {}, language.trim() || "code", copier(code));
+  return el("div.code", {}, head, el("pre", { tabIndex: 0 }, el("code", {}, code)));
+}
+const copier = (text) => push("Copy", async ({ currentTarget: button }) => { // plain http has no clipboard
+  const copied = await navigator.clipboard?.writeText(text).then(() => "Copied", () => null);
+  button.textContent = copied ?? "No clipboard";
+});
+const allowed = new Set(); // the addresses of foreign pictures that the person has asked for
+function picture(src, alt = "") {
+  const { origin, protocol, host, href } = URL.parse(src, location.origin + base) ?? {};
+  const image = () => el("img", { alt, title: alt, src: href });
+  if (origin === location.origin || protocol === "data:" || allowed.has(href)) return image();
+  return protocol !== "https:" ? alt
+    : push(`Show picture from ${host}: ${alt}`, ({ target }) => target.replaceWith(image(allowed.add(href))));
+}
 
-// ---------- An answer ----------
-const handlers = {
+// ---------- Widgets: from the type of a component to its drawing ----------
+let drawn = ""; // the id of the widget that is being drawn, so that the fields of two are not one
+const nameOf = (name) => `${drawn}/${name}`;
+const kids = ({ children = [] }) => [children].flat().filter(Boolean).map(widget);
+const stack = (tag) => (w) => el(tag, {}, w.value ?? w.label, kids(w));
+const flex = (tag) => (w) => stack(`${tag}.${w.direction === "row" ? "row" : "col"}`)(w);
+const headed = ({ status }) => status && el("p.quiet", {}, mark(status.icon), status.text);
+const MARKS = { check: "\u2713", star: "\u2605", mail: "\u2709", search: "\u2315", plus: "+", info: "\u2139",
+  play: "\u25B6", phone: "\u260E", write: "\u270E", bolt: "\u26A1", reload: "\u21BB", external: "\u2197" };
+const mark = (name) => name && el("span", { title: name }, MARKS[name.split("-")[0]] ?? "\u2022", " ");
+const field = (tag, w, props, ...children) => el(tag, { id: nameOf(w.name), name: nameOf(w.name),
+  placeholder: w.placeholder ?? "", title: w.label ?? w.placeholder ?? w.name, required: Boolean(w.required),
+  disabled: Boolean(w.disabled), ...props }, children);
+const ticked = (w, props) => el("label", {}, field("input", w, props), w.label);
+const day = (time = "") => time.slice(0, 10);
+const WIDGETS = {
   __proto__: null, // so that no unknown type is found
-  thread: (view, { title }) => showTitle(title),
-  thinking: (view, { content }) => page.thinking.append(content),
-  progress: (view, { content }) => page.thinking.append(`${content}\n`),
-  text(view, { content, message_id }) { // told from its beginning: what was loaded of it, half-saved, is replaced
-    const message = view.last = messageOf(view, message_id);
-    message.text = message.streamed ? message.text + content : content;
-    message.streamed = true;
-    message.frame ??= requestAnimationFrame(() => paint(message)); // at most once per frame
+  Card({ asForm, confirm, cancel, ...w }) {
+    const no = cancel && widget({ type: "Button", label: cancel.label, onClickAction: cancel.action });
+    const yes = confirm && WIDGETS.Button({ label: confirm.label, style: "primary", submit: true });
+    return el(asForm || confirm ? "form.card" : "div.card", { onsubmit: confirm && acting(confirm.action) },
+      headed(w), kids(w), (no || yes) && el("div.row end", {}, no, yes));
   },
-  tool_call: toolOf,
-  tool_result: (view, call) => refreshTasks(toolOf(view, call).end("done", call.result)),
-  widget: (view, { id, copy_text }) => show(itemOf(view, id, () => put(el("p", { className: "widget" }))), copy_text),
-  input: (view, event) => itemOf(view, event.id, () => put(form(view, event))),
-  notice(view, { level, title, message }) {
-    const heading = title ? [el("b", {}, title), el("br")] : [];
-    put(el("div", { className: `notice ${level}` }, el("span", {}, ...heading, ...inline(message))));
+  ListView({ limit, ...w }) {
+    const items = kids(w), rest = items.splice(limit > 0 ? limit : limit === "auto" ? 10 : items.length);
+    const more = el("div", {}, push(`Show ${rest.length} more`, () => more.replaceWith(...rest)));
+    return el("div.list", {}, headed(w), items, rest.length > 0 && more);
   },
-  error(view, { message, allow_retry }) {
-    const retry = allow_retry ? [retryButton(view)] : [];
-    put(el("div", { className: "notice danger", role: "alert" }, el("span", {}, message), ...retry));
-  },
-  done(view, { status }) { // told to screen readers once, at the end, and not word by word
-    page.announce.textContent = status === "completed" ? view.last?.text ?? "" : status;
-    for (const item of view.items.values()) item.end?.(status === "completed" ? "waiting" : "stopped");
-    if (status === "cancelled") put(quiet("Stopped"));
-  },
+  ListViewItem: (w) => el("div.entry", w.onClickAction && { role: "button", tabIndex: 0 }, kids(w)),
+  Basic: stack("div.col"), Col: stack("div.col"), Row: stack("div.row"), Box: flex("div"), Form: flex("form"),
+  Title: stack("h3"), Caption: stack("p.quiet"), Badge: stack("span.badge"), Spacer: stack("div.spacer"),
+  Text: (w) => w.editable ? field("input", w.editable, { value: w.value }) : el("p", {}, w.value),
+  Label: ({ value, fieldName }) => el("label", { htmlFor: nameOf(fieldName) }, value),
+  Icon: ({ name }) => mark(name), Image: ({ src, alt }) => picture(src, alt),
+  Markdown: ({ value }) => markdown(value), Divider: stack("hr"),
+  Button: ({ label, iconStart, iconEnd, style = "", submit, disabled = false }) => el("button",
+    { className: style, type: submit ? "submit" : "button", disabled, title: label ?? iconStart },
+    mark(iconStart), label, mark(iconEnd)),
+  Checkbox: (w) => ticked(w, { type: "checkbox", checked: Boolean(w.defaultChecked) }),
+  RadioGroup: ({ options = [], defaultValue: chosen, ...w }) => flex("div")({ ...w, children: options.map(
+    ({ value, label }) => ({ ...w, type: "Radio", value, label, checked: value === chosen })) }),
+  Radio: ({ value, checked, ...w }) => ticked(w, { type: "radio", value, checked }),
+  Select: ({ options = [], defaultValue = "", ...w }) => field("select", w, {},
+    [{ value: "", label: w.placeholder ?? "" }, ...options].map(({ value, label, disabled = false }) =>
+      el("option", { value, disabled, selected: value === defaultValue }, label))),
+  Input: (w) => field("input", w, { type: w.inputType ?? "text", value: w.defaultValue ?? "" }),
+  Textarea: (w) => field("textarea", w, { rows: w.rows ?? 3, value: w.defaultValue ?? "" }),
+  DatePicker: (w) =>
+    field("input", w, { type: "date", value: day(w.defaultValue), min: day(w.min), max: day(w.max) }),
+  Chart: ({ data = [], series = [], xAxis }) => grid([
+    ["", ...series.map(({ label, dataKey }) => label ?? dataKey)],
+    ...data.map((row) => [row[xAxis?.dataKey ?? xAxis], ...series.map(({ dataKey }) => row[dataKey])])]),
+  Table: (w) => table(kids(w)), "Table.Cell": stack("td"),
+  "Table.Row": (w) => stack(w.header ? "tr.head" : "tr")(w),
 };
+const COLOURS = { secondary: "muted", success: "accent", warning: "warning", danger: "danger" };
+const FONTS = { xs: ".8rem", sm: ".9rem", lg: "1.2rem", xl: "1.4rem", "2xl": "1.6rem", "3xl": "1.8rem" };
+const WEIGHTS = { medium: 500, semibold: 600, bold: 700 };
+const SIZES = ["flex", "width", "height", "minWidth", "maxWidth", "textAlign"];
+const px = (value, unit = 1) => typeof value === "number" ? `${value * unit}px` : value ?? "";
+// Draws a component, one of an unknown type as its text and children. Its sizes and colours go through CSSOM,
+// which leaves out what it does not know; none of these loads anything.
+function widget(w) {
+  const node = (WIDGETS[w.type] ?? stack("div.col"))(w), { style = {} } = node;
+  const { x = 0, y = 0 } = Object(w.padding) === w.padding ? w.padding : { x: w.padding, y: w.padding };
+  for (const name of SIZES) style[name] = px(w[name]);
+  if (typeof w.size === "number") style.width = style.height = px(w.size);
+  Object.assign(style, { gap: px(w.gap, 4), padding: w.padding && `${px(y, 4)} ${px(x, 4)}`,
+    alignItems: w.align, justifyContent: w.justify?.replace(/^(between|around|evenly)$/, "space-$1"),
+    background: w.background && "var(--side)", borderRadius: w.radius && ".6rem", flexWrap: w.wrap,
+    color: COLOURS[w.color] && `var(--${COLOURS[w.color]})`, fontSize: w.value && FONTS[w.size],
+    fontWeight: WEIGHTS[w.weight], fontStyle: w.italic && "italic",
+    textDecoration: w.lineThrough && "line-through" });
+  for (const kind of ["Click", "Change", "Submit"])
+    if (w[`on${kind}Action`]) node[`on${kind.toLowerCase()}`] = acting(w[`on${kind}Action`]);
+  return node;
+}
+const CONTROLS = "a, button, label, input, select, textarea, [role=button]";
+// Sends what was done in a widget, with the values of the fields around it, and draws what comes of it.
+const acting = ({ type, payload, handler }) => async (event) => {
+  const { target, currentTarget: node } = event, view = shown, fields = {}, item = node.closest(".widget");
+  const own = target.closest(CONTROLS); // in an entry that is clicked, another one perhaps
+  if (event.type === "click" && own !== node) return;
+  event.stopPropagation();
+  if (handler === "client") return complain({ message: `“${type}” is for a frontend of yours.` });
+  const around = node.closest("form, .entry, .card") ?? node.parentNode;
+  for (const { name, type, value, checked } of around.querySelectorAll("[name]"))
+    if (type !== "radio" || checked) fields[name.split("/")[1]] = type === "checkbox" ? checked : value;
+  const action = { type, payload: Object.keys(fields).length ? { ...payload, ...fields } : payload };
+  item.ariaBusy = "true";
+  try {
+    const response = await operate("threads.custom_action", { item_id: item.dataset.id, action });
+    for await (const event of readEvents(response))
+      if (view.id === shown.id) await EVENTS[event.type]?.(event);
+  } catch (error) {
+    complain(error);
+  }
+  item.ariaBusy = "false";
+};
+page.log.addEventListener("submit", (event) => event.preventDefault(), true); // what is sent, a script sends
 
+// ---------- Items: from the type of a stored item to its drawing ----------
+const nodeOf = (id) => document.getElementById(`item-${id}`);
+const rowsShown = () => [...page.log.children].flatMap(({ row }) => row ?? []);
+function draw(row) { // new or changed; at most once per frame
+  const after = () => [...page.log.children].find((each) => each.row?.id > row.id) ?? null;
+  const node = nodeOf(row.id) ?? page.log.insertBefore(el("div.item", { id: `item-${row.id}` }), after());
+  page.welcome.hidden = true;
+  node.row = { usage: node.row?.usage, ...row };
+  node.frame ??= requestAnimationFrame(() => {
+    const { role, item } = node.row, json = JSON.stringify(node.row);
+    const type = node.dataset.type = ["user", "assistant"].includes(role) ? role : item?.type ?? role;
+    if (json !== node.json) renew(node, [ITEMS[type]?.(node.row, item, node), tail(node.row)]);
+    Object.assign(node, { json, frame: null });
+  });
+}
+function renew(node, given) { // puts other nodes in; what had the focus has it again, what was open is open
+  const nodes = given.flat(Infinity).filter(Boolean), old = [...node.childNodes];
+  const same = nodes.findIndex((each, i) => each !== old[i]), open = node.querySelector("details")?.open;
+  const controls = () => [...node.querySelectorAll(`${CONTROLS}, summary`)];
+  const at = controls().indexOf(document.activeElement);
+  old.slice(same < 0 ? nodes.length : same).forEach((child) => child.remove());
+  node.append(...nodes.slice(node.childNodes.length));
+  if (open) node.querySelector("details").open = true;
+  controls()[at]?.focus();
+}
+function cited(text, annotations = []) { // the text with the numbers of its sources, and those, each once
+  const sources = {}, key = ({ url, title }) => url ?? title, letters = [...text];
+  for (const { source } of annotations) sources[key(source)] = source;
+  const number = (source) => `[^${Object.keys(sources).indexOf(key(source)) + 1}]`;
+  for (const { index, source } of annotations.toSorted((a, b) => b.index - a.index))
+    if (index >= 0) letters.splice(index, 0, number(source), source.url ? `(${source.url})` : "");
+  return [letters.join(""), listed(Object.values(sources))];
+}
+const sourceOf = ({ url, title, filename }) =>
+  /^https?:/.test(url) ? link(url, title || url) : title || filename;
+const listed = (sources = []) => sources.length > 0 &&
+  el("ol.quiet", {}, sources.map((each) => el("li", {}, sourceOf(each))));
+const RUNNING = "running\u2026";
+const line = (name, state, ...body) => // what happens, in a line that opens where there is more
+  el(state === RUNNING ? "details.tool" : "details.tool done", {},
+    el("summary", {}, name, quiet(state, "span")), body);
+const data = (label, value) => value !== undefined && value !== "" && [quiet(label),
+  el("pre", { tabIndex: 0 }, typeof value === "string" ? value : JSON.stringify(value, null, 2))];
+const called = (name, state, args, result) =>
+  line(el("code", {}, name), state, data("Arguments", args), data("Result", result));
+const taskLine = ({ type, title, title_query, content, queries, sources, status_indicator: state }) =>
+  line(title ?? title_query ?? type.replace("_", " "), state === "loading" ? RUNNING : "",
+    content && markdown(content), quiet(queries?.join(", ")), listed(sources));
+const fileNode = ({ id, name, preview_url: src }) =>
+  src ? el("img", { src, alt: name, title: name }) : push(name, () => download(`attachments/${id}`, name));
+const ITEMS = {
+  __proto__: null,
+  user: ({ id, content }, item) => [
+    item?.attachments?.length > 0 && el("div.chips", {}, item.attachments.map(fileNode)),
+    el("div.user", {}, item?.quoted_text && el("q", {}, item.quoted_text), content),
+    el("div.foot", {}, push("Edit", () => redo(id, content)))],
+  assistant({ id, content, feedback }, item, node) {
+    const [text, sources] = cited(content, item?.content[0].annotations), item_ids = [String(id)];
+    const rate = (kind) => operate("items.feedback", { item_ids, kind }).then(load).catch(complain);
+    const thumb = (label, kind) =>
+      Object.assign(push(label, () => rate(kind)), { ariaPressed: String(feedback === kind) });
+    return [paint(node.body ??= el("div.assistant md", {}), text), sources, el("div.foot", {},
+      copier(content), thumb("Good", "positive"), thumb("Bad", "negative"),
+      push("Answer anew", () => redo(id)))];
+  },
+  tool: ({ tool_calls: [{ name, args }], status, content }) =>
+    called(name, { done: "done", streaming: RUNNING }[status] ?? "stopped", args, content),
+  client_tool_call: (row, { name, status, arguments: args, output }) =>
+    called(name, status === "pending" ? "waits for a frontend that has this tool" : "done", args, output),
+  task: (row, { task }) => taskLine(task),
+  workflow(row, { workflow: { type, tasks, summary, expanded } }) {
+    const took = summary && `Thought for ${summary.duration} s`;
+    const steps = tasks.map((task) => type === "reasoning" ? markdown(task.content) : taskLine(task));
+    const name = summary?.title ?? took ?? tasks.at(-1)?.title ?? "Thinking";
+    return Object.assign(line(name, summary ? "" : RUNNING, steps), { open: expanded });
+  },
+  widget({ id }, { widget: root, copy_text }) {
+    const node = el("div.widget", {}, widget(root, drawn = id));
+    node.dataset.id = id;
+    return node.querySelector("img, input") || node.textContent ? node : quiet(copy_text);
+  },
+  generated_image: (row, { image }) => image && picture(image.url, "Generated picture"),
+  structured_input: ({ id }, { status, inputs }) => status === "pending" ? questions(id, inputs)
+    : inputs.map(({ question, answer }) =>
+      el("p.quiet", {}, el("b", {}, `${question} `), answer?.values?.join(", ") || "Skipped")),
+};
+const ENDED = { cancelled: "Stopped", interrupted: "Interrupted", failed: "The answer failed",
+  blocked: "Blocked: the model is not shown this message" };
+function tail({ role, status, error, usage }) { // how the turn ended here, if it did
+  const again = error?.allow_retry ?? (role === "user" || ["failed", "interrupted"].includes(status));
+  const retry = again && el("button.retry", { onclick: () => begin(here("/retry")) }, "Retry");
+  return [!(error && status === "failed") && quiet(ENDED[status]),
+    error ? el("div.notice danger", { role: "alert" }, error.message, retry) : retry,
+    usage && quiet(`${usage.input_tokens} tokens in, ${usage.output_tokens} out`, "span")];
+}
+function questions(item_id, inputs) { // what a tool asks, or, as two buttons, whether it may be called
+  const answers = {}, isApproval = ({ options }) => options?.some(({ value }) => value.startsWith("Approve"));
+  function give(id, values) {
+    answers[id] = { values };
+    const whole = inputs.every(({ id }) => answers[id]);
+    if (whole) begin(here("/answers"), { item_id, status: "answered", answers });
+  }
+  const button = ({ id }) => ({ value }) =>
+    push(value, ({ target }) => give(id, [value], target.parentNode.inert = true));
+  const choice = ({ id: name, multiple }) => ({ value }) => el("label", {},
+    el("input", { type: multiple ? "checkbox" : "radio", name, value, required: !multiple }), value);
+  const group = (input) => el("div", { role: "group", ariaLabel: input.question },
+    el("strong", {}, `${input.question}\n`), quiet(input.description),
+    input.options?.map((isApproval(input) ? button : choice)(input))
+      ?? el("textarea", { rows: 2, name: input.id, required: true, title: input.question }));
+  const rest = inputs.filter((input) => !isApproval(input)), send = el("button.primary", {}, "Send answers");
+  const form = el("form", {}, el("fieldset", {}, inputs.map(group), rest.length > 0 && send));
+  form.onsubmit = () => rest.forEach(({ id }) => give(id, new FormData(form).getAll(id)));
+  return form;
+}
+
+// ---------- What happens ----------
+async function load() { // what is stored of the conversation
+  const view = shown, { messages, ...thread } = await getJson(here());
+  if (view !== shown) return;
+  view.updated = thread.updated_at;
+  setThread(thread);
+  // A tool that waits for the person is not shown: what they are asked is an item of its own.
+  const rows = messages.filter(({ role, status }) => role !== "tool" || status !== "pending");
+  const stored = new Set(rows.map(({ id }) => id));
+  rowsShown().forEach(({ id }) => stored.has(id) || nodeOf(id).remove());
+  for (const { id, status, content, ...row } of rows)
+    draw({ ...row, id, status, content: (status === "streaming" && view.told[id]) || content });
+}
+const tells = (text) => page.thinking.append(text);
+const EVENTS = { // by type: those of plain streams, and of ChatKit's what an action in a widget leads to
+  __proto__: null,
+  thread: ({ title }) => setThread({ title }),
+  thinking: ({ content }) => tells(content), progress: ({ content }) => tells(`${content}\n`),
+  progress_update: ({ text }) => tells(`${text}\n`),
+  text({ content, message_id: id }) { // is told from its beginning, while what was loaded may be ahead
+    const told = shown.told[id] = (shown.told[id] ?? "") + content, row = nodeOf(id)?.row;
+    if (told.length > (row?.content.length ?? -1)) draw({ ...row, id, role: "assistant", content: told });
+  },
+  notice: ({ level, title, message }) =>
+    page.log.append(el(`div.item notice ${level}`, {}, title && el("b", {}, `${title}\n`), inline(message))),
+  error: ({ message }) => show(page.problem, message ?? "Something went wrong."),
+  async done({ status, usage }) { // told to screen readers once, at the end, and not word by word
+    await load();
+    const last = rowsShown().at(-1);
+    page.announce.textContent = status === "completed" ? last?.content : status;
+    if (status === "failed") show(page.problem, ""); // it stands where it happened now
+    if (last) draw({ ...last, usage });
+  },
+  "thread.item.added": ({ item }) => // an answer is joined like any other one
+    item.type === "assistant_message" && !shown.busy ? openConversation(shown.id) : load(),
+};
+for (const type of ["tool_call", "tool_result", "item", "item_removed", "thread_updated", "thread.item.done",
+  "thread.item.replaced", "thread.item.removed", "thread.updated"]) EVENTS[type] = load;
+const BUSY = "Not sent: an answer is still being written. Wait for its end, or stop it.";
 function setBusy(view, busy) {
   view.busy = busy;
   if (view !== shown) return;
-  page.send.ariaLabel = busy ? "Stop" : "Send";
-  page.glyph.setAttribute("d", busy ? "M8 8h8v8H8z" : "M12 19V5M6 11l6-6 6 6");
-  page.scroller.ariaBusy = String(busy);
+  Object.assign(page.send, { ariaLabel: busy ? "Stop" : "Send", textContent: busy ? "\u25A0" : "\u2191" });
+  page.log.ariaBusy = String(busy);
   show(page.thinking, busy ? "Thinking\u2026\n" : "");
+  if (page.problem.textContent === BUSY) show(page.problem, "");
   fitComposer();
 }
-
-// Follows an answer to its end. After a stream that broke, everything is loaded anew: nothing is lost, nothing doubled.
-async function follow(view, response) {
-  setBusy(view, true);
-  try {
-    for await (const event of readEvents(response, view)) {
-      if (view !== shown) return;
-      handlers[event.type]?.(view, event);
-      page.thinking.hidden = !["thread", "thinking", "progress"].includes(event.type);
-      if (page.thinking.hidden) page.thinking.textContent = "Thinking\u2026\n";
-    }
-    setBusy(view, false);
-    refresh();
-  } catch {
-    reopen(view, "Reconnecting\u2026");
-  }
-}
-
-async function send(text) {
-  const view = shown;
-  if (view.busy || view.loading || !text.trim()) return;
-  page.log.querySelectorAll(".retry").forEach((button) => button.remove()); // they retry the last message only
-  const bubble = putUser(text);
-  page.input.value = "";
-  page.input.focus();
+// Has the server answer, a message or without one, and follows the answer. True if it went.
+async function begin(path, body, view = shown) {
+  if (view.busy || view.loading) return complain({ message: BUSY }) && false;
   show(page.problem, "");
-  pinned = true;
-  Object.assign(view, { last: null, stopping: false });
-  setBusy(view, true);
+  setBusy(view, pinned = true);
   try {
-    const response = await api("chatkit", "POST", { message: text, ...(view.id && { thread_id: view.id }) });
-    refreshList();
-    if (view !== shown) return response.body.cancel(); // the person went on; it is joined when they come back
-    view.id = Number(response.headers.get("X-Thread-Id"));
-    history.replaceState(null, "", `#/${view.id}`);
-    if (view.stopping) stop(view);
-    follow(view, response);
-  } catch (error) { // the person gets back what they wrote
-    bubble.remove();
-    page.input.value = `${text}\n\n${page.input.value}`.trim();
+    const response = await api(path, "POST", body);
+    view.id ??= Number(response.headers.get("X-Thread-Id"));
+    view === shown ? openConversation(view.id, response) : response.body.cancel(); // joined later
+    return true;
+  } catch (error) {
     show(page.problem, `Not sent: ${error.status ? error.message : "the server does not answer."}`);
     setBusy(view, false);
     if (view.id || !error.status) reopen(view, ""); // perhaps an answer is running that we do not know of
   }
 }
-
-function stop(view) {
-  view.stopping = true; // an answer that has no address yet is stopped when it gets one
-  if (view.id) api(`api/conversations/${view.id}/cancel`, "POST").catch(() => {}); // 409: it is over already
+async function send(message) {
+  const thread_id = shown.id ?? undefined, attachments = [...page.files.children].map(({ file }) => file?.id);
+  if (attachments.includes(undefined)) return complain({ message: "Not sent: a file is still on its way." });
+  if (!message.trim() && !attachments.length) return;
+  page.input.value = message; // and there it stays until the server has it
+  const [model, tool_choice] = [page.models, page.tools].map(({ value }) => value || undefined);
+  if (!await begin("chatkit", { message, thread_id, attachments, model, tool_choice })) return;
+  page.input.value = page.input.value.replace(message, "");
+  page.tools.value = "";
+  page.files.replaceChildren();
+  page.input.focus();
+  fitComposer();
 }
-async function goOn(view, action, body) { // has the server answer without a new message
-  if (view.busy) return;
-  setBusy(view, true);
-  try {
-    const response = await api(`api/conversations/${view.id}/${action}`, "POST", body);
-    view === shown ? openConversation(view.id, response) : response.body.cancel();
-  } catch (error) {
-    show(page.problem, error.message);
-    setBusy(view, false);
-  }
+async function redo(id, old) { // has a message answered anew: this in other words, or that before an answer
+  const title = old === undefined ? "Have this answered anew?" : "Edit message";
+  const message = await ask(title, "What came after it in this conversation goes.", old);
+  const { id: message_id } = rowsShown().findLast((row) => row.role === "user" && row.id <= id);
+  if (message !== null) begin(here("/retry"), { message_id, ...(old !== undefined && { message }) });
 }
 
 // ---------- Opening a conversation ----------
+// Shows what is stored, and follows the answer that is being written, to its end; one that is left goes on.
 async function openConversation(id, joined) {
-  shown?.reader?.cancel().catch(() => {}); // an answer that is left goes on at the server
-  const same = id && shown?.id === id, view = shown = { id, items: new Map(), loading: Boolean(id) };
-  if (!same) {
-    page.log.replaceChildren();
-    show(page.problem, "");
-    showTitle("");
-    pinned = true;
-  }
+  const same = joined || (id && shown.id === id);
+  shown.reader?.cancel().catch(() => {});
+  const view = shown = { id, title: same && shown.title, told: {}, loading: Boolean(id) };
+  if (!same) page.log.replaceChildren(show(page.problem, "") && "");
+  if (!same) setThread({ status: "active" });
   page.welcome.hidden = Boolean(id);
-  setBusy(view, false);
+  setBusy(view, Boolean(joined));
   refreshList();
   if (!id) return page.input.focus();
+  if (joined) history.replaceState(null, "", `#/${id}`);
+  else pinned ||= !same;
   try {
     // Joined first and loaded second, so that nothing falls in between; what comes twice has the same ids.
-    const stream = joined ?? await api(`api/conversations/${id}/stream`);
-    const { title, updated_at, messages } = await getJson(`api/conversations/${id}`);
+    const stream = joined ?? await api(here("/stream")), answering = stream.status === 200;
+    await load();
     if (view !== shown) return stream.body?.cancel();
-    Object.assign(view, { loading: false, updated: updated_at });
-    showTitle(title);
-    page.log.replaceChildren();
-    for (const message of messages) showRow(view, message);
-    const { role, status } = messages.at(-1) ?? {};
-    if (stream.status === 200) follow(view, stream);
-    else if (role === "user" || ["failed", "interrupted"].includes(status)) put(retryButton(view));
-  } catch (error) {
-    if (error.status !== 404) return reopen(view, error.message);
+    view.loading = false;
+    setBusy(view, answering);
+    if (!answering) return;
+    page.log.querySelectorAll(".item.notice").forEach((node) => node.remove()); // the stream tells them again
+    for await (const event of readEvents(stream, view)) {
+      if (view !== shown) return;
+      await EVENTS[event.type]?.(event);
+      page.thinking.hidden = !["thread", "thinking", "progress"].includes(event.type);
+      if (page.thinking.hidden) page.thinking.textContent = "Thinking\u2026\n";
+    }
+    setBusy(view, false);
+    refreshList();
+  } catch (error) { // what broke off is loaded and joined anew
+    if (error.status !== 404) return reopen(view, "Reconnecting\u2026");
     if (view !== shown) return;
-    show(page.problem, error.message);
-    Object.assign(view, { id: null, loading: false }); // the next message begins a new one
+    complain(error);
+    setBusy(Object.assign(view, { id: null, loading: false }), false); // the next message begins a new one
   }
 }
-const ENDED = { cancelled: "Stopped", interrupted: "Interrupted", failed: "The answer failed" };
-
-function showRow(view, { id, role, content, tool_calls, status, extra }) {
-  if (role === "user") putUser(content);
-  if (role === "assistant") paint(Object.assign(messageOf(view, id), { text: content }));
-  if (role === "assistant" && ENDED[status]) put(quiet(ENDED[status]));
-  if (role === "widget") handlers.widget(view, { id, copy_text: content });
-  const state = { done: "done", pending: "waiting", streaming: "running\u2026" }[status] ?? "stopped";
-  for (const call of tool_calls ?? []) toolOf(view, call).end(state, content);
-  if (role === "input" && status === "pending") handlers.input(view, { id, inputs: extra.inputs });
-}
-
 async function reopen(view, reason) {
   if (view === shown) show(page.banner, reason);
   await sleep(500);
   await serverBack();
-  refresh();
+  refreshList();
   if (view === shown && view.id) openConversation(view.id);
 }
-function showTitle(title) {
+function setThread({ title = shown.title, status, reason }) {
+  const { title: app = "ChatKit" } = config, why = reason ? `: ${reason}` : ".";
+  shown.title = title;
   page.title.textContent = title || "New conversation";
-  document.title = title ? `${title} \u2013 ChatKit` : "ChatKit";
+  document.title = title ? `${title} \u2013 ${app}` : app;
+  page.actions.hidden = !shown.id;
+  if (status) show(page.locked, status !== "active" && `This conversation is ${status}${why}`);
 }
-const route = () => openConversation(Number(/^#\/(\d+)$/.exec(location.hash)?.[1]) || null);
+function route() {
+  const [, token] = /^#token=([!-~]+)$/.exec(location.hash) ?? []; // an invitation
+  if (token) sessionStorage.setItem(tokenKey, token);
+  if (token) history.replaceState(null, "", location.pathname + location.search);
+  openConversation(Number(/^#\/(\d+)$/.exec(location.hash)?.[1]) || null);
+}
 addEventListener("hashchange", route);
-page.sidebar.addEventListener("click", (event) => { if (event.target.closest("a")) page.sidebar.hidePopover(); });
+page.sidebar.onclick = ({ target }) => { if (target.closest("a")) page.sidebar.hidePopover(); };
 
-// ---------- The lists beside it ----------
-const refresh = () => [refreshList(), refreshTasks()];
-
-function fill(list, nodes) { // what had the focus has it again
-  const focused = list.contains(document.activeElement) && document.activeElement.id;
-  list.replaceChildren(...nodes);
-  if (focused) document.getElementById(focused)?.focus();
-}
-
+// ---------- The list beside it ----------
 async function refreshList(elsewhere = false) {
-  const query = page.search.value;
-  const found = await getJson(`api/conversations?limit=100&q=${encodeURIComponent(query)}`).catch(() => null);
+  const query = page.search.value, path = `api/conversations?limit=100&q=${encodeURIComponent(query)}`;
+  const found = await getJson(path).catch(() => null);
   if (!found || query !== page.search.value) return;
-  fill(page.list, found.map(rowOf));
+  renew(page.list, found.map(({ id, title }) => el("li", {},
+    el("a", { href: `#/${id}`, title, ariaCurrent: id === shown.id ? "page" : null }, title))));
   show(page.nothing, found.length ? "" : query ? "Nothing found." : "No conversations yet.");
-  const updated = found.find(({ id }) => id === shown.id)?.updated_at ?? shown.updated;
-  if (shown.busy || shown.loading || updated === shown.updated) return;
-  shown.updated = updated;
+  const { title, updated_at = shown.updated } = found.find(({ id }) => id === shown.id) ?? {};
+  if (title) setThread({ title });
+  if (shown.busy || shown.loading || updated_at === shown.updated) return;
+  shown.updated = updated_at;
   if (elsewhere) openConversation(shown.id); // it went on in another tab
 }
 addEventListener("focus", () => refreshList(true));
-function rowOf({ id, title }) {
-  const row = page.row.content.firstElementChild.cloneNode(true), [link, edit, bin] = row.children;
-  row.classList.toggle("current", id === shown.id);
-  link.ariaCurrent = id === shown.id ? "page" : null;
-  Object.assign(link, { id: `open${id}`, href: `#/${id}`, textContent: title, title });
-  Object.assign(edit, { id: `edit${id}`, ariaLabel: `Rename ${title}`, onclick: () => rename(id, title) });
-  Object.assign(bin, { id: `bin${id}`, ariaLabel: `Delete ${title}`, onclick: () => remove(id, title) });
-  return row;
-}
-async function change(path, method, body) { // true if it was done
-  const problem = await api(path, method, body).then(() => "", (error) => error.message);
-  show(page.problem, problem);
-  refresh();
-  return !problem;
-}
-async function rename(id, old) {
-  const title = (await ask("Rename conversation", "", old))?.trim();
-  if (title && await change(`api/conversations/${id}`, "PATCH", { title }) && id === shown.id) showTitle(title);
-}
-async function remove(id, title) {
-  if (await ask("Delete this conversation?", title) === null) return;
-  if (await change(`api/conversations/${id}`, "DELETE") && id === shown.id) location.hash = "#/";
-  page.input.focus();
-}
-async function refreshTasks() {
-  const tasks = await getJson("api/tasks").catch(() => null);
-  page.tasks.hidden = page.toTasks.hidden = !tasks; // another agent has no such list
-  if (tasks) fill(page.todo, tasks.length ? tasks.map(taskOf) : [quiet("Nothing to do.", "li")]);
-}
-function taskOf({ id, title, done }) {
-  const onchange = (event) => change(`api/tasks/${id}`, "PATCH", { done: event.target.checked });
-  const box = el("input", { id: `task${id}`, type: "checkbox", checked: done, onchange });
-  return el("li", {}, el("label", {}, box, el("span", {}, title)));
-}
+page.search.oninput = () => refreshList();
+const change = (method, body) => api(here(), method, body).catch(complain).finally(refreshList);
+page.rename.onclick = async () => {
+  const title = (await ask("Rename conversation", "", shown.title))?.trim();
+  if (title) change("PATCH", { title });
+};
+page.remove.onclick = async () => {
+  const sure = await ask("Delete this conversation?", shown.title);
+  if (sure !== null && (await change("DELETE")).ok) location.hash = "#/";
+};
+page.save.onclick = () => download(here("?format=markdown"), `${shown.title}.md`);
 
 // ---------- The composer and the view ----------
-let pinned = true, lastTop = 0; // the view follows the answer until the person scrolls up, and again from the end
+let pinned = true, lastTop = 0; // the view follows the answer unless the person scrolled up
 page.scroller.onscroll = () => {
   const { scrollTop, scrollHeight, clientHeight } = page.scroller;
   pinned = scrollHeight - scrollTop - clientHeight < 40 || (pinned && scrollTop >= lastTop);
   lastTop = scrollTop;
 };
-const follower = new ResizeObserver(() => { if (pinned) page.scroller.scrollTop = page.scroller.scrollHeight; });
+const follower = new ResizeObserver(() => pinned && page.scroller.scrollTo(0, page.scroller.scrollHeight));
 for (const node of [page.log, page.thinking, page.scroller]) follower.observe(node);
-page.log.addEventListener("click", (event) => { if (event.target.closest("summary")) pinned = false; });
+page.log.addEventListener("click", ({ target }) => { if (target.closest("summary")) pinned = false; });
 function fitComposer() {
   page.input.style.height = "auto";
   page.input.style.height = `${page.input.scrollHeight}px`;
-  page.send.disabled = !shown.busy && !page.input.value.trim();
+  page.send.disabled = shown.busy ? !shown.id : !page.input.value.trim() && !page.files.children.length;
 }
 page.input.oninput = fitComposer;
-page.input.onkeydown = (event) => {
+const onEnter = (then) => (event) => {
   // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
-  send(page.input.value);
+  then();
 };
-page.send.onclick = () => shown.busy ? stop(shown) : send(page.input.value);
-page.tries.onclick = ({ target }) => { if (target !== page.tries) send(target.innerText); };
-page.search.oninput = () => refreshList();
-[route, serverBack, refreshTasks].forEach((start) => start());
+page.input.onkeydown = onEnter(() => send(page.input.value));
+page.field.onkeydown = onEnter(() => page.yes.click());
+page.log.onkeydown = ({ key, target }) => { if (key === "Enter" && target.role) target.click(); };
+page.send.onclick = () => shown.busy ? api(here("/cancel"), "POST").catch(() => {}) // 409: it is over already
+  : send(page.input.value);
+async function attach(file) { // uploads it, to go with the next message
+  const chip = page.files.appendChild(el("li", {}, `${file.name}\u2026`)), limit = config.uploads?.max_bytes;
+  const form = new FormData(), close = push("\u00D7", () => fitComposer(chip.remove()));
+  form.append("file", file);
+  close.ariaLabel = `Remove ${file.name}`;
+  try {
+    if (file.size > limit) throw new Error(`it is larger than ${Math.round(limit / 104858) / 10} MB.`);
+    chip.file = await (await api("attachments", "POST", form)).json();
+    chip.replaceChildren(fileNode(chip.file), close);
+  } catch (error) {
+    chip.remove();
+    show(page.problem, `${file.name} is not attached: ${error.message}`);
+  }
+  fitComposer();
+}
+page.attach.onclick = () => page.file.click();
+const attachAll = ({ files }) => [...files].forEach(attach);
+page.file.onchange = () => {
+  attachAll(page.file);
+  page.file.value = "";
+};
+addEventListener("paste", ({ clipboardData }) => attachAll(clipboardData));
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => attachAll(event.dataTransfer, event.preventDefault()));
+route();
+serverBack();
 </script>
+</body>
+</html>"""
+
+COMPONENT_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ChatKit</title>
+<style>
+body { margin: 0; font: 1rem/1.6 system-ui, sans-serif; color-scheme: light dark; }
+p { padding: 1rem; } p:empty { display: none; } openai-chatkit { display: block; height: 100dvh; }
+</style></head>
+<body><p role="status">Loading OpenAI's component…</p>
+<script>
+"use strict";
+const base = location.pathname.replace(/component\/?$/, "");
+const say = (text) => { document.querySelector("p").textContent = text; };
+const call = (url, options = {}) => { // with the token that the page at / has in this tab, if any
+  const token = sessionStorage.getItem(`chatkit token ${base}`), headers = new Headers(options.headers);
+  if (token) headers.set("Authorization", `Bearer ${token}`);
+  return fetch(url, { ...options, headers });
+};
+addEventListener("error", ({ target }) => {
+  if (target.src) say(`OpenAI's component cannot be loaded from ${target.src}: it needs the network.`);
+}, true);
+customElements.whenDefined("openai-chatkit").then(async () => {
+  const response = await call(`${base}api/config`), config = await response.json();
+  if (!response.ok) return say(`${config.detail} Give the token to the page at ${base} in this tab first.`);
+  const models = config.models.map((id) => ({ id, label: id, default: id === config.model }));
+  const url = location.origin + base, chat = document.createElement("openai-chatkit");
+  const uploadStrategy = { type: "direct", uploadUrl: `${url}attachments` };
+  chat.setOptions({
+    api: { url: `${url}chatkit`, domainKey: "local-dev", uploadStrategy, fetch: call },
+    header: { title: { text: config.title } },
+    startScreen: {
+      greeting: config.greeting,
+      prompts: config.starters.map((prompt) => ({ label: prompt, prompt })),
+    },
+    composer: {
+      attachments: { enabled: true, maxSize: config.uploads.max_bytes },
+      dictation: { enabled: config.dictation },
+      ...(models.length && { models }),
+      ...(config.tools.length &&
+        { tools: config.tools.map(({ name }) => ({ id: name, label: name, icon: "bolt" })) }),
+    },
+    history: { enabled: true },
+    threadItemActions: { feedback: true, retry: true },
+  });
+  say("");
+  document.title = config.title;
+  document.body.append(chat);
+});
+</script>
+<script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async></script>
 </body>
 </html>
 """
 
 
-# =========================================================================================================== Start
+# ====================================================================================================== Start
 # main() and serve_in_background().
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which says where it listens, and ends the running turns before it waits for their readers to leave."""
-
-    announcement = ""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.announcement:
-            print(self.announcement, flush=True)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.config.app.state.chat.stop_turns()  # type: ignore[union-attr]  # the app is always create_app()'s
-        await super().shutdown(sockets)
-
-
-def make_server(app: FastAPI) -> Server:
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
-    return Server(config)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 picks a free one. Raises SettingsError."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
-            reason = "something listens there already; stop it, or choose another with --port"
-        raise SettingsError(f"Cannot listen on {host} port {port}: {reason}.") from None
-
-
-def check_exposure(settings: Settings) -> None:
-    """Raises SettingsError where everybody on the network could call without a token."""
-    if not settings.needs_token and not is_loopback(settings.host):
-        raise SettingsError(
-            f"Listening on {settings.host} lets others in: set CHATKIT_JWT_SECRET, so that they need a token."
-        )
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    everywhere = ipaddress.ip_address(host).is_unspecified
-    name = "localhost" if is_loopback(host) or everywhere else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}"
-
-
-class BackgroundServer:
-    """A server in a thread of its own: see serve_in_background()."""
+    """uvicorn with one app, in a thread of its own if it is start()ed: see serve_in_background()."""
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
-        """Starts it, and returns when it answers. Raises SettingsError, StoreError."""
-        check_exposure(replace(app.state.chat.settings, host=host))
-        self._listener = listen(host, port)
-        self.url = url_of(self._listener)
-        self._server = make_server(app)
-        self._chat: Chat = app.state.chat
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="chatkit server", daemon=True)
-        self._thread.start()
-        while not self._server.started and self._thread.is_alive():
-            time.sleep(0.005)
-        if self._failure is not None:
-            self._listener.close()
-            raise self._failure
-
-    def _serve(self) -> None:
+        """Listens; port 0 picks a free one. Raises SettingsError, also where anybody around could call."""
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+        self.chat: Chat = app.state.chat
+        self.failure: Exception | None = None  # to open the store
+        self._thread = threading.Thread(target=self.run, name="chatkit server", daemon=True)
+        if not self.chat.settings.needs_token and not LOOPBACK.fullmatch(host):
+            text = f"Listening on {host} lets others in: set CHATKIT_JWT_SECRET, so that they need a token."
+            raise SettingsError(text)
         try:
-            run(serve(self._server, self._chat, self._listener), self._server)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, port), family=family, backlog=2048)
+        except (OSError, OverflowError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                reason = "something listens there already; stop it, or name another port"
+            raise SettingsError(f"Cannot listen on {host} port {port}: {reason}.") from None
+        self.url = url_of(host, self._listener.getsockname()[1])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.chat.open()  # not in the lifespan, which would report a failure with a traceback
+        await super().startup(sockets)
+        if not self._thread.is_alive():
+            path = self.chat.store.path
+            data = "in memory, gone at the end" if path == ":memory:" else path
+            print(f"Listening on {self.url}\nModel: {self.chat.agents.model_name}\nData:  {data}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.chat.stop_turns()  # before it waits for their readers to leave
+        await super().shutdown(sockets)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but that it does not wait for a tool that hangs in a thread."""
+        loop = (self.config.get_loop_factory() or asyncio.new_event_loop)()
+        try:
+            loop.run_until_complete(self.serve(sockets or [self._listener]))
         except (StoreError, SettingsError) as error:
-            self._failure = error
+            self.failure = error
+        finally:
+            leftover = asyncio.all_tasks(loop)  # the Chat's keeper among them, where no lifespan closed it
+            for task in leftover:
+                task.cancel()
+            if leftover:
+                loop.run_until_complete(asyncio.wait(leftover))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+            self._listener.close()
+
+    def start(self) -> None:
+        """Run in a thread, and return when it answers. Raises SettingsError, StoreError."""
+        self._thread.start()
+        while not self.started and self._thread.is_alive():
+            time.sleep(0.005)
+        if not self.started:
+            raise self.failure or SettingsError("The lifespan of the app failed; the log says why.")
 
     def stop(self) -> None:
         """Save and end what is running, and return when nothing of the server is left."""
-        self._server.should_exit = True
+        self.should_exit = True
         self._thread.join()
+
+    def __repr__(self) -> str:
+        return self.url
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return f'<a href="{self.url}" target="_blank">{self.url}</a>'
 
     def __enter__(self) -> str:
         return self.url
@@ -4554,56 +5483,53 @@ class BackgroundServer:
         self.stop()
 
 
-def serve_in_background(app: FastAPI | None = None, *, host: str = "127.0.0.1", port: int = 0) -> BackgroundServer:
+def url_of(host: str, port: int) -> str:
+    """Where a browser on this machine finds what listens there."""
+    here = LOOPBACK.fullmatch(host) or not host.strip("0.:")  # every address is one of this machine, too
+    return f"http://{'localhost' if here else f'[{host}]' if ':' in host else host}:{port}"
+
+
+_by_cell: dict[str, tuple[int, list[Server]]] = {}  # when each of a notebook's ran last, and what it started
+
+
+def serve_in_background(app: FastAPI | None = None, *, host: str = "127.0.0.1", port: int = 0) -> Server:
     """Serve an app of create_app() beside what this process does, in a notebook above all.
 
         server = serve_in_background(create_app(my_agent, database=":memory:"))
         server.url
         server.stop()
 
-    or `with serve_in_background() as url:`. Port 0 is a free one. Raises SettingsError, StoreError.
+    or `with serve_in_background() as url:`. Port 0 is a free one. A cell of a notebook that is run again
+    stops the server that it started before. Raises SettingsError, StoreError.
     """
-    return BackgroundServer(app or create_app(), host, port)
+    if app is not None and not hasattr(getattr(app, "state", None), "chat"):
+        raise SettingsError(f"serve_in_background() takes an app: write create_app(...) around {app!r:.60}.")
+    servers: list[Server] = []
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "get_parent"):  # that of a notebook's kernel
+        request = shell.get_parent()
+        cell = request["metadata"].get("cellId") or request["content"]["code"]
+        ran, servers = _by_cell.get(cell, (0, servers))
+        while servers and ran != shell.execution_count:
+            servers.pop().stop()
+        _by_cell[cell] = shell.execution_count, servers
+    server = Server(app or create_app(), host, port)
+    server.start()
+    servers.append(server)
+    return server
 
 
-async def serve(server: Server, chat: Chat, listener: socket.socket) -> None:
-    await chat.open()  # here rather than in the lifespan, which would report a failure with a traceback
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        await chat.close()
+def log_readably(settings: Settings) -> None:
+    """A line for each record on stderr, without secrets."""
 
+    class Redacted(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return redact(super().format(record), settings.secrets)
 
-def spare_collector() -> None:
-    """For a process that only serves: going through all modules again and again took a third of it at 100 streams."""
-    gc.freeze()
-    gc.set_threshold(10_000)
-
-
-def run(main: Coroutine[Any, Any, None], server: Server) -> None:
-    """asyncio.run(), on the event loop that uvicorn prefers."""
-    loop = (server.config.get_loop_factory() or asyncio.new_event_loop)()
-    try:
-        loop.run_until_complete(main)
-    finally:
-        leftover = asyncio.all_tasks(loop)
-        for task in leftover:
-            task.cancel()
-        if leftover:
-            loop.run_until_complete(asyncio.wait(leftover))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
-
-
-class LogFormatter(logging.Formatter):
-    """One readable line, without secrets."""
-
-    def __init__(self, secret_values: list[str]) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s", "%H:%M:%S")
-        self.secret_values = secret_values
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record), self.secret_values)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(settings.log_level.upper())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -4618,31 +5544,22 @@ def main(arguments: list[str] | None = None) -> int:
     user = flags.pop("token", None)
     try:
         settings = Settings.from_env(**flags)
-        handler = logging.StreamHandler()
-        logging.basicConfig(handlers=[handler], level=logging.WARNING)
-        log.setLevel(settings.log_level.upper())
+        log_readably(settings)
         if user is not None:
-            print(make_token(settings, user))
+            token, url = make_token(settings, user), url_of(settings.host, settings.port)
+            print(f"{token}\nInvitation: {url}/#token={token}")
             return 0
-        check_exposure(settings)
-        app = create_app(settings=settings)
-        chat: Chat = app.state.chat
-        handler.setFormatter(LogFormatter(chat.secrets))
-        listener = listen(settings.host, settings.port)
-        with contextlib.closing(listener):
-            server = make_server(app)
-            server.announcement = (
-                f"Listening on {url_of(listener)}\n"
-                f"Model: {chat.model_name}\n"
-                f"Data:  {'in memory, gone at the end' if settings.database == ':memory:' else settings.database}"
-            )
-            spare_collector()
-            run(serve(server, chat, listener), server)
+        server = Server(create_app(settings=settings), settings.host, settings.port)
+        gc.freeze()  # going through all modules again and again took a third of the CPU at 100 streams
+        gc.set_threshold(10_000)
+        server.run()
+        if server.failure:
+            raise server.failure
     except (SettingsError, StoreError) as error:
         print(f"chatkit_server: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 0  # all is saved by now
+        pass  # all is saved by now
     return 0
 
 

@@ -1,24 +1,27 @@
 """The tests of chatkit_server.py; run with `pytest`. As a script it prints the benchmark table.
 
-Each test drives the app from outside: over a real socket where it is about streaming, leaving or stopping, over ASGI
-where it is not. What answers is the demo model or a `Script`; fakes stand at the model's edge only. Nothing sleeps to
-hope: `until()` waits on a condition, with a deadline. Tests that need an optional tool skip where it is missing, and
-fail instead where CHATKIT_TEST_ALL=1.
+Each test drives the app from outside: over a real socket where it is about streaming, leaving or stopping,
+over ASGI where it is not. What answers is the demo model or a `Script`; fakes stand at the model's edge only.
+Nothing sleeps to hope: `until()` waits on a condition, with a deadline. Tests that need an optional tool skip
+where it is missing, and fail instead where CHATKIT_TEST_ALL=1.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
 import functools
+import gc
 import hmac
-import http.server
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -41,38 +44,47 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import httpx
 import jwt
 import openai
 import pytest
 import uvicorn
-from agents import Agent, Model, ModelResponse, RunContextWrapper, Runner, Usage, function_tool, set_tracing_disabled
-from agents.models.default_models import get_default_model
-from fastapi import FastAPI
-from openai.types.responses import (
-    Response,
-    ResponseCompletedEvent,
-    ResponseContentPartAddedEvent,
-    ResponseContentPartDoneEvent,
-    ResponseFunctionToolCall,
-    ResponseOutputItemAddedEvent,
-    ResponseOutputItemDoneEvent,
-    ResponseOutputMessage,
-    ResponseOutputText,
-    ResponseReasoningItem,
-    ResponseReasoningSummaryTextDeltaEvent,
-    ResponseTextDeltaEvent,
-    ResponseTextDoneEvent,
-    ResponseUsage,
+from agents import (
+    Agent,
+    AgentOutputSchema,
+    GuardrailFunctionOutput,
+    Model,
+    ModelResponse,
+    RunContextWrapper,
+    Runner,
+    StopAtTools,
+    ToolGuardrailFunctionOutput,
+    ToolOutputImage,
+    ToolOutputText,
+    Usage,
+    function_tool,
+    handoff,
+    input_guardrail,
+    output_guardrail,
+    set_tracing_disabled,
+    tool_input_guardrail,
 )
-from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
+from agents.extensions.handoff_filters import remove_all_tools
+from agents.mcp import MCPServerStdio
+from agents.models.default_models import get_default_model
+from agents.testing import ScriptedModel, assistant_message
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from fastapi import FastAPI
+from openai.types.responses import ResponseStreamEvent, ResponseTextDeltaEvent
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
@@ -81,16 +93,33 @@ import chatkit_server as ck
 pytestmark = pytest.mark.anyio
 
 HERE = Path(__file__).resolve().parent
-TEST_ALL = os.environ.get("CHATKIT_TEST_ALL") == "1"
+TEST_ALL = os.environ.pop("CHATKIT_TEST_ALL", "") == "1"
 DEADLINE = 10.0  # seconds that anything may take
 
-# What the environment of whoever runs the tests says must not count: each value is empty, so .env cannot set it.
-CLEAN_ENV = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_"))},
-    **{f"{name}_API_KEY": "" for name in ("OPENAI", "GEMINI", "ANTHROPIC")},
-    **dict.fromkeys(("CHATKIT_MODEL", "CHATKIT_JWT_SECRET", "BETTER_AUTH_SECRET", "OPENAI_BASE_URL"), ""),
-    "PYTHONPATH": str(HERE),
-}
+# What the environment of whoever runs the tests says must not count: a value is empty, so .env cannot set it.
+for name in [name for name in os.environ if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_"))]:
+    del os.environ[name]
+os.environ |= {f"{provider}_API_KEY": "" for provider in ("OPENAI", "GEMINI", "ANTHROPIC")}
+os.environ |= dict.fromkeys(
+    ("CHATKIT_MODEL", "CHATKIT_JWT_SECRET", "BETTER_AUTH_SECRET", "OPENAI_BASE_URL"), ""
+)
+CLEAN_ENV = {**os.environ, "PYTHONPATH": str(HERE)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def say_how_long_it_takes(request: pytest.FixtureRequest) -> None:
+    """Before the first dot, also with -q."""
+    plugins, tests = request.config.pluginmanager, len(request.session.items)
+    long = "ten minutes" if TEST_ALL else "75 seconds at most; CHATKIT_TEST_ALL=1 runs the long ones too"
+    reporter, capture = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+    if reporter is not None and tests > 100:
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(f"{tests} tests, which take two cores {long}.")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def optional(module: str) -> Any:
@@ -116,7 +145,7 @@ def until(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
 
 
 class Call:
-    """A step of a Script: call a tool."""
+    """A step of a Script: call a tool, or hand over (`transfer_to_...`)."""
 
     def __init__(self, name: str, arguments: Any = None, call_id: str = "") -> None:
         self.name = name
@@ -124,23 +153,26 @@ class Call:
         self.call_id = call_id
 
 
-class Think:
+class Think(str):
     """A step of a Script: a delta of a reasoning summary."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+
+class Refuse(str):
+    """A step of a Script: a delta of a refusal."""
+
+
+class End(str):
+    """The last step, where it is not the usual one: why the answer ends, as the API calls it."""
 
 
 class Wait:
-    """A step of a Script: wait until `gate` is set; `reached` says that the model got here, `left` that it was stopped.
+    """A step of a Script: wait until `gate` is set; `reached`: the model got here; `left`: it was stopped.
 
     Threading events, because a test and the server that it drives have an event loop each.
     """
 
     def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.reached = threading.Event()
-        self.left = threading.Event()
+        self.gate, self.reached, self.left = threading.Event(), threading.Event(), threading.Event()
 
     async def pass_through(self) -> None:
         self.reached.set()
@@ -152,11 +184,99 @@ class Wait:
             raise
 
 
-class Script(Model):
-    """Says its responses one after the other; the last is said again for ever.
+DELTAS = {str: "output_text", Think: "reasoning_summary_text", Refuse: "refusal"}  # what a step is a delta of
+CITATIONS = ("url_citation", "file_citation", "container_file_citation", "file_path")
+KEY = "the-key-that-nobody-may-see"
+USAGE = {"input_tokens": 7, "output_tokens": 5}  # of every answer
+USAGE_DETAILS = {
+    "total_tokens": 12,
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens_details": {"reasoning_tokens": 0},
+}
 
-    A response is a list of steps: text is a delta, an exception is raised, the others are above. Like every model but
-    OpenAI's it calls each of its messages `__fake_id__`. `seen` is the input of each call.
+
+def pieces(text: str) -> list[str]:
+    return [text[start : start + 7] for start in range(0, len(text), 7)]
+
+
+def grown_item(kind: str, text: str, annotations: list[Any]) -> dict[str, Any]:
+    """The output item that deltas come to."""
+    part = {"type": kind, "text": text, "annotations": annotations, "logprobs": []}
+    if kind == "reasoning_summary_text":
+        return {"type": "reasoning", "summary": [{"type": "summary_text", "text": text}]}
+    if kind == "refusal":
+        part = {"type": kind, "refusal": text}
+    return {"type": "message", "role": "assistant", "content": [part]}
+
+
+def responses_api(steps: list[Any], body: dict[str, Any], own_id: str = "") -> Iterator[Any]:
+    """Steps as the events of OpenAI's Responses API; what is no step of its comes through as it is."""
+    output, numbers = list[Any](), itertools.count()
+    response = {"id": "resp_" + secrets.token_hex(4), "object": "response", "created_at": 1, "output": output}
+    response |= {"model": body["model"], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+    kind, texts, cited = "", list[str](), list[Any]()  # of what is being said
+
+    def event(name: str, **fields: Any) -> dict[str, Any]:
+        place = {"output_index": len(output), "content_index": 0, "summary_index": 0, "logprobs": []}
+        place |= {"item_id": own_id or f"{response['id']}_{len(output)}", "sequence_number": next(numbers)}
+        return {"type": f"response.{name}", **place, **fields}
+
+    def begin(item: dict[str, Any], name: str = "added", status: str = "in_progress") -> dict[str, Any]:
+        change = event(f"output_item.{name}")
+        return {**change, "item": {"id": change["item_id"], **item, "status": status}}
+
+    def end(item: dict[str, Any]) -> dict[str, Any]:
+        done = begin(item, "done", "completed")
+        output.append(done["item"])
+        return done
+
+    yield event("created", response={**response, "status": "in_progress"})
+    for step in [*steps, End("completed")]:
+        delta, parts = DELTAS.get(type(step), ""), list[Any]()
+        if isinstance(step, Call):
+            parts = [event("function_call_arguments.delta", delta=piece) for piece in pieces(step.arguments)]
+            call = {"type": "function_call", **vars(step)}
+            step = {**call, "call_id": step.call_id or f"call_{secrets.token_hex(4)}"}
+        is_item = isinstance(step, dict) and step["type"] not in CITATIONS
+        if kind and (is_item or isinstance(step, End) or delta not in ("", kind)):
+            yield event(f"{kind}.done", text="".join(texts), refusal="".join(texts))
+            yield end(grown_item(kind, "".join(texts), cited))
+            kind, texts, cited = "", [], []
+        if isinstance(step, End):
+            break
+        if is_item:
+            yield begin(step)
+            if picture := step.get("partial_image_b64"):
+                seen = {"partial_image_b64": picture, "partial_image_index": 0, "item_id": step["id"]}
+                yield event("image_generation_call.partial_image", **seen)
+            yield from parts
+            yield end(step)
+        elif delta:
+            if not kind:
+                yield begin(grown_item(delta, "", []))
+            kind = delta
+            texts.append(str(step))
+            yield event(f"{kind}.delta", delta=texts[-1])
+        elif isinstance(step, dict):
+            cited.append(step)
+            yield event("output_text.annotation.added", annotation=step, annotation_index=len(cited) - 1)
+        else:
+            yield step
+    error = {"code": "server_error", "message": f"{KEY} broke"} if step == "failed" else None
+    yield event(step, response={**response, "status": step, "usage": USAGE | USAGE_DETAILS, "error": error})
+
+
+EVENT_TYPES = get_args(get_args(ResponseStreamEvent)[0])
+API_EVENTS = {get_args(event.model_fields["type"].annotation)[0]: event for event in EVENT_TYPES}
+
+
+class Script(Model):
+    """Says its responses one after the other, the last one for ever. `seen` is the input of each call.
+
+    A response is a list of steps: text is a delta, an exception is raised; Call, Think, Refuse, Wait, End.
+    A dict is what the Responses API has by its `type`: an annotation (`url_citation`) of the message that is
+    being said, or else an output item (`web_search_call`). Like every model but OpenAI's it calls each item
+    that has no id `__fake_id__`.
     """
 
     def __init__(self, *responses: list[Any], delay: float = 0.0) -> None:
@@ -166,10 +286,8 @@ class Script(Model):
         self.settings: list[Any] = []
 
     async def get_response(self, *args: Any, **kwargs: Any) -> ModelResponse:
-        async for event in self.stream_response(*args, **kwargs):
-            if event.type == "response.completed":
-                return ModelResponse(output=event.response.output, usage=Usage(), response_id=None)
-        raise AssertionError
+        events = [event async for event in self.stream_response(*args, **kwargs)]
+        return ModelResponse(output=events[-1].response.output, usage=Usage(), response_id=None)
 
     async def stream_response(
         self, system_instructions: Any, input: Any, model_settings: Any, *_: Any, **__: Any
@@ -177,75 +295,19 @@ class Script(Model):
         self.seen.append(list(input) if isinstance(input, list) else [{"role": "user", "content": input}])
         self.settings.append(model_settings)
         steps = self.responses[min(len(self.seen), len(self.responses)) - 1]
-        text = ""
-        output: list[Any] = []
-        for number, step in enumerate(steps):
-            if isinstance(step, BaseException):
-                raise step
-            if isinstance(step, Wait):
-                await step.pass_through()
-            elif isinstance(step, Think):
-                yield ResponseReasoningSummaryTextDeltaEvent(
-                    type="response.reasoning_summary_text.delta",
-                    item_id="__fake_id__",
-                    output_index=0,
-                    summary_index=0,
-                    sequence_number=0,
-                    delta=step.text,
-                )
-            elif isinstance(step, Call):
-                call_id = step.call_id or f"call_{len(self.seen)}_{number}"
-                call = ResponseFunctionToolCall(
-                    type="function_call", id="__fake_id__", call_id=call_id, name=step.name, arguments=step.arguments
-                )
-                output.append(call)
-            else:
-                text += step
-                yield ResponseTextDeltaEvent(
-                    type="response.output_text.delta",
-                    item_id="__fake_id__",
-                    output_index=0,
-                    content_index=0,
-                    sequence_number=0,
-                    delta=step,
-                    logprobs=[],
-                )
-                if self.delay:
-                    await asyncio.sleep(self.delay)
-        if text:
-            part = ResponseOutputText(type="output_text", text=text, annotations=[])
-            output.insert(
-                0,
-                ResponseOutputMessage(
-                    type="message", id="__fake_id__", role="assistant", status="completed", content=[part]
-                ),
-            )
-        if any(isinstance(step, Think) for step in steps):
-            output.insert(0, ResponseReasoningItem(type="reasoning", id="__fake_id__", summary=[]))
-        for index, item in enumerate(output):
-            yield ResponseOutputItemDoneEvent(
-                type="response.output_item.done", item=item, output_index=index, sequence_number=0
-            )
-        usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
-        details = {
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens_details": {"reasoning_tokens": 0},
-        }
-        yield ResponseCompletedEvent(
-            type="response.completed",
-            sequence_number=0,
-            response=Response(
-                id="resp",
-                created_at=0,
-                model="script",
-                object="response",
-                output=output,
-                tools=[],
-                tool_choice="auto",
-                parallel_tool_calls=True,
-                usage=ResponseUsage.model_validate({**usage, **details}),
-            ),
-        )
+        for event in responses_api(steps, {"model": "script"}, "__fake_id__"):
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, Wait):
+                await event.pass_through()
+                continue
+            kind = API_EVENTS.get(event["type"], openai.BaseModel)
+            if "delta" not in event:
+                yield kind.construct(**event)  # as leniently as OpenAI's client does
+                continue
+            yield kind(**event)  # much quicker
+            if self.delay:
+                await asyncio.sleep(self.delay)
 
 
 @function_tool
@@ -254,31 +316,36 @@ async def echo(wrapper: RunContextWrapper[ck.TurnContext], text: str) -> str:
     return json.dumps({"echo": text})
 
 
-def scripted(*responses: list[Any], tools: list[Any] | None = None, delay: float = 0.0) -> Agent[Any]:
+def scripted(
+    *responses: list[Any], tools: list[Any] | None = None, delay: float = 0.0, **more: Any
+) -> Agent[Any]:
     """An agent whose model is a Script; `agent.model.seen` is what the model was shown."""
-    return Agent(name="Scripted", model=Script(*responses, delay=delay), tools=[echo] if tools is None else tools)
+    model = Script(*responses, delay=delay)
+    return Agent(**{"name": "Scripted", "model": model, "tools": [echo] if tools is None else tools, **more})
+
+
+def shown_to(agent: Agent[Any], call: int = -1) -> list[Any]:
+    """The input of one call of a scripted agent's model."""
+    return cast(Script, agent.model).seen[call]
 
 
 # ---- a server, and clients of it
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+async def hurry(seconds: float) -> None:
+    """For uvicorn's two pauses of 0.1 s at each server's end, which add up to a minute."""
+    await asyncio.sleep(seconds / 20)
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in CLEAN_ENV.items():
-        if not value:
-            monkeypatch.setenv(name, "")
-    for name in os.environ:
-        if name.startswith("CHATKIT_") and name != "CHATKIT_TEST_ALL" and os.environ[name]:
-            monkeypatch.delenv(name)
+uvicorn.server.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": hurry})  # type: ignore[assignment]
 
 
 class Client(httpx.Client):
     """An HTTP client that speaks both dialects."""
+
+    def __init__(self, **options: Any) -> None:
+        """Without certificates, which take longer to load than most tests to run."""
+        super().__init__(**{"timeout": DEADLINE, "verify": False, **options})
 
     def send_message(self, message: str, thread_id: Any = None, **body: Any) -> list[dict[str, Any]]:
         """The events of the answer to a message, in the plain dialect."""
@@ -296,7 +363,8 @@ class Client(httpx.Client):
         return response.json()
 
     def messages(self, thread_id: int) -> list[dict[str, Any]]:
-        return self.get(f"/api/conversations/{thread_id}").raise_for_status().json()["messages"]  # type: ignore[no-any-return]
+        response = self.get(f"/api/conversations/{thread_id}").raise_for_status()
+        return cast(list[Any], response.json()["messages"])
 
 
 def plain_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
@@ -323,13 +391,16 @@ def chatkit_events(text: str) -> list[dict[str, Any]]:
 
 def said(events: list[dict[str, Any]]) -> str:
     """The text of all plain `text` events."""
-    return "".join(event["content"] for event in events if event["type"] == "text")
+    return "".join(event["content"] for event in of_type(events, "text"))
 
 
 def kinds(events: list[dict[str, Any]]) -> list[str]:
     """The types of events, a run of one type once."""
-    types = [event["type"] for event in events]
-    return [kind for number, kind in enumerate(types) if number == 0 or types[number - 1] != kind]
+    return [kind for kind, _ in itertools.groupby(event["type"] for event in events)]
+
+
+def of_type(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["type"] == kind]
 
 
 def user_input(text: str, **fields: Any) -> dict[str, Any]:
@@ -338,15 +409,28 @@ def user_input(text: str, **fields: Any) -> dict[str, Any]:
     return {"content": content, "attachments": [], "inference_options": {}, **fields}
 
 
+def make_app(agent: Any = None, **options: Any) -> FastAPI:
+    """An app with these settings, in memory unless told otherwise, and these arguments of create_app()."""
+    names = {"store", "on_action", "on_feedback", "transcribe", "lifespan"} & options.keys()
+    arguments = {name: options.pop(name) for name in names}
+    settings = ck.Settings(**{"database": ":memory:", "model": "demo", **options})
+    return ck.create_app(agent, settings=settings, **arguments)
+
+
 @contextlib.contextmanager
-def serving(agent: Agent[Any] | None = None, **settings: Any) -> Iterator[Client]:
-    """A real server on a free port in a thread of its own, and a client of it; in memory unless told otherwise."""
-    on_action = settings.pop("on_action", None)
-    app = ck.create_app(
-        agent, settings=ck.Settings(**{"database": ":memory:", "model": "demo", **settings}), on_action=on_action
-    )
-    with ck.serve_in_background(app) as url, Client(base_url=url, timeout=DEADLINE) as client:
+def serving(agent: Any = None, **options: Any) -> Iterator[Client]:
+    """A client of a real server in a thread of its own; `options` as for make_app()."""
+    with ck.serve_in_background(make_app(agent, **options)) as url, Client(base_url=url) as client:
         yield client
+
+
+@contextlib.contextmanager
+def answering(agent: ck.AgentSource, wait: Wait, **options: Any) -> Iterator[tuple[Client, Future[Any]]]:
+    """A server that has come as far as `wait` in its first answer, and the events to come of that."""
+    with serving(agent, **options) as client, ThreadPoolExecutor(1) as pool:
+        events = pool.submit(client.send_message, "hi")
+        assert wait.reached.wait(DEADLINE)
+        yield client, events
 
 
 SECRET = "a secret of more than thirty-two characters"
@@ -357,49 +441,49 @@ def bearer(user_id: str) -> dict[str, str]:
 
 
 class Process:
-    """The server as `python chatkit_server.py` starts it."""
+    """The server as `python chatkit_server.py` starts it: `lines` it says first, `log_file` has its log."""
 
-    def __init__(self, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, cwd: Path, env: dict[str, str] | None = None, module: Path = HERE
+    ) -> None:
         self.log_file = cwd / "log.txt"
-        self._log = self.log_file.open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "chatkit_server.py"), "--port", "0", *arguments],
-            cwd=cwd,
-            env={**CLEAN_ENV, **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        command = [sys.executable, str(module / "chatkit_server.py"), "--port", "0", *arguments]
+        env = {**CLEAN_ENV, "PYTHONPATH": str(module), **(env or {})}
+        with self.log_file.open("ab") as log:
+            self.process: Any = subprocess.Popen(
+                command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         assert self.process.stdout is not None
         self.lines = [self.process.stdout.readline().rstrip() for _ in range(3)]
         self.url = self.lines[0].removeprefix("Listening on ")
 
     def client(self, **kwargs: Any) -> Client:
-        return Client(base_url=self.url, timeout=DEADLINE, **kwargs)
+        return Client(base_url=self.url, **kwargs)
 
     def stop(self, how: int) -> int:
         """Send a signal, and return the exit status."""
         self.process.send_signal(how)
-        return self.process.wait(DEADLINE)
+        return cast(int, self.process.wait(DEADLINE))
 
     def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        self._log.close()
+        with self.process:
+            self.process.kill()
 
 
-# ============================================================================================================ Start
+def readme_block(name: str) -> str:
+    """A code block of the README, by the file name in its first line."""
+    blocks = re.split("```.*\n", (HERE / "README.md").read_text(encoding="utf-8"))
+    return next(block for block in blocks if f"# {name}" in block[:80])
 
 
-def our_threads() -> int:
-    """How many threads of servers and of databases there are."""
-    names = [thread.name for thread in threading.enumerate()]
-    return len([name for name in names if "chatkit" in name or "_connection_worker_thread" in name])
+def readme_example(name: str) -> dict[str, Any]:
+    """What a code block of the README defines."""
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(readme_block(name), names)
+    return names
 
 
 def free_port() -> int:
@@ -408,13 +492,15 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def start_and_fail(*arguments: str, cwd: Path, **env: str) -> str:
-    """What a server says that refuses to start: one line on stderr, exit status 2."""
-    command = [sys.executable, str(HERE / "chatkit_server.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env={**CLEAN_ENV, **env}, capture_output=True, text=True, timeout=60)
-    lines = [line for line in done.stderr.splitlines() if "set but empty" not in line]
-    assert done.returncode == 2 and len(lines) == 1 and not done.stdout, done
-    return lines[0]
+# ===================================================================================================== Start
+
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
+def our_threads() -> int:
+    """How many threads of servers and of databases there are."""
+    names = [thread.name for thread in threading.enumerate()]
+    return len([name for name in names if "chatkit" in name or "_connection_worker_thread" in name])
 
 
 def test_the_first_minute(tmp_path: Path) -> None:
@@ -424,392 +510,191 @@ def test_the_first_minute(tmp_path: Path) -> None:
         assert server.url.startswith("http://localhost:")
         with server.client() as client:
             assert client.get("/health").json() == {"status": "healthy", "model": "demo"}
-            events = client.send_message("add buy milk to my list")
-            assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
-            assert (events[2]["name"], events[2]["args"]) == ("add_task", {"title": "buy milk"})
+            call = of_type(client.send_message("add buy milk to my list"), "tool_call")[0]
+            assert (call["name"], call["args"]) == ("add_task", {"title": "buy milk"})
+        with Process("--port", server.url.rpartition(":")[2], cwd=tmp_path) as second:
+            assert (second.process.wait(DEADLINE), second.lines) == (2, [""] * 3)
+            assert "something listens there already" in second.log_file.read_text()
         assert server.stop(signal.SIGINT) == 0
         assert "Traceback" not in server.log_file.read_text()
     with Process(cwd=tmp_path) as server, server.client() as client:
         assert "buy milk" in said(client.send_message("show my tasks", thread_id=1))
 
 
-BAD_STARTS: list[tuple[list[str], dict[str, str], str]] = [
-    (["--port", "99999"], {}, "CHATKIT_PORT must be a port"),
-    ([], {"CHATKIT_PORT": "http"}, "CHATKIT_PORT must be a whole number"),
-    ([], {"CHATKIT_HISTORY_LIMIT": "-1"}, "CHATKIT_HISTORY_LIMIT must be 1 or more"),
-    ([], {"CHATKIT_ON_DISCONNECT": "explode"}, "CHATKIT_ON_DISCONNECT must be cancel or continue"),
-    ([], {"CHATKIT_TURN_TIMEOUT": "nan"}, "CHATKIT_TURN_TIMEOUT must be"),
-    ([], {"CHATKIT_LOG_LEVEL": "loud"}, "CHATKIT_LOG_LEVEL must be"),
-    (["--host", "0.0.0.0"], {}, "set CHATKIT_JWT_SECRET"),
-    (["--host", "no.such.host.invalid"], {"CHATKIT_JWT_SECRET": "x" * 32}, "Cannot listen on no.such.host"),
-    (["--database", "missing/chat.db"], {}, "Cannot use missing/chat.db as the database"),
-    (["--database", "."], {}, "Cannot use . as the database"),
-    (["--model", "gpt-4.1"], {}, "needs OPENAI_API_KEY"),
-    (["--token", "alice"], {}, "Set CHATKIT_JWT_SECRET first"),
-]
+CANNOT_START = {
+    "--port 99999": "CHATKIT_PORT",
+    "--host no.such.host.invalid": "Cannot listen on no.such.host",
+    "--database missing/chat.db": "Cannot use missing/chat.db as the database",
+    "--database .": "Cannot use . as the database",
+    "--token alice": "CHATKIT_JWT_SECRET",
+}
+OPEN_TO_OTHERS = [f"--host {host}" for host in ("0.0.0.0", "::", "192.168.1.5", "my.example")]
+CANNOT_START |= dict.fromkeys(OPEN_TO_OTHERS, "CHATKIT_JWT_SECRET")
 
 
-def test_a_start_that_cannot_work_says_so_in_one_line(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        said_ = pool.map(lambda bad: start_and_fail(*bad[0], cwd=tmp_path, **bad[1]), BAD_STARTS)
-        for (arguments, env, says), line in zip(BAD_STARTS, said_, strict=True):
-            assert says in line, (arguments, env, line)
-
-
-def test_a_taken_port_is_named(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert "something listens there already" in start_and_fail("--port", port, cwd=tmp_path)
+@pytest.mark.parametrize("arguments", CANNOT_START)
+def test_a_start_that_cannot_work_says_so_in_one_line(
+    arguments: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHATKIT_JWT_SECRET", SECRET if "no.such.host" in arguments else "")
+    assert ck.main(["--port", "0", *arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    assert CANNOT_START[arguments] in err and (out, err.count("\n")) == ("", 1)
 
 
 def test_an_older_python_is_told_which_one_it_needs() -> None:
-    """The check stands before anything that an older Python cannot read: the module compiles as Python 3.9."""
-    import ast
-
+    """The check stands before anything that it cannot read: the module compiles as Python 3.9."""
     ast.parse((HERE / "chatkit_server.py").read_text(), feature_version=(3, 9))
 
 
-def test_a_token_can_be_printed(tmp_path: Path) -> None:
-    env = {**CLEAN_ENV, "CHATKIT_JWT_SECRET": SECRET}
-    command = [sys.executable, str(HERE / "chatkit_server.py"), "--token", "alice"]
-    token = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
-    with serving(jwt_secret=SECRET) as client:
-        answer = client.get("/api/conversations", headers={"Authorization": f"Bearer {token}"})
-        assert answer.status_code == 200
-
-
 def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CHATKIT_PORT", "1234")
-    monkeypatch.setenv("CHATKIT_CORS_ORIGINS", "https://a.example/, https://b.example")
+    given = {"PORT": "1234", "CORS_ORIGINS": "https://a.example/, https://b.example", "TRACING": "yes"}
+    for name, value in {**given, "STARTERS": "Soup | Something quick|"}.items():
+        monkeypatch.setenv(f"CHATKIT_{name}", value)
     monkeypatch.setenv("BETTER_AUTH_SECRET", SECRET)
-    monkeypatch.setenv("CHATKIT_TRACING", "yes")
     settings = ck.Settings.from_env(host="::1")
-    assert (settings.port, settings.host, settings.jwt_secret, settings.tracing) == (1234, "::1", SECRET, True)
+    assert (settings.port, settings.host, settings.tracing) == (1234, "::1", True)
+    assert (settings.jwt_secret, settings.starters) == (SECRET, ("Soup", "Something quick"))
     assert settings.cors_origins == ("https://a.example", "https://b.example")
-    assert ck.Settings.from_env(port=4321).port == 4321
-    assert SECRET not in repr(settings)
+    assert ck.Settings.from_env(port=4321).port == 4321 and SECRET not in repr(settings)
 
 
-# ==================================================================================================== Plain dialect
+# ============================================================================================= Plain dialect
 
 
-def test_a_plain_stream_has_its_headers_ids_and_end() -> None:
-    with serving(scripted(["one ", "two"])) as client:
-        with client.stream("POST", "/chatkit/", json={"message": "  hello\n\tyou  "}) as response:
-            headers, body = response.headers, response.read().decode()
-        assert headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert headers["x-thread-id"] == "1"
-        assert headers["cache-control"] == "no-cache"
-        assert headers["x-accel-buffering"] == "no"
-        assert body.endswith("data: [DONE]\n\n")
-        frames = [frame.split("\n") for frame in body.split("\n\n") if frame][:-1]
-        numbers = [int(frame[0].rpartition("-")[2]) for frame in frames]
-        assert numbers == sorted(set(numbers))
-        assert [json.loads(frame[1][6:]) for frame in frames] == [
-            {"type": "thread", "thread_id": 1, "title": "hello you"},
-            {"type": "thinking", "content": ""},
-            {"type": "text", "content": "one ", "message_id": 2},
-            {"type": "text", "content": "two", "message_id": 2},
-            {
-                "type": "done",
-                "status": "completed",
-                "thread_id": 1,
-                "message_id": 2,
-                "usage": {"input_tokens": 3, "output_tokens": 5},
-            },
-        ]
-
-
-def test_tool_calls_and_results_are_events_and_rows() -> None:
-    with serving(scripted(["let me see ", Call("echo", {"text": "x"})], [Think("hm"), "done"])) as client:
-        events = client.send_message("hi")
-        assert kinds(events) == ["thread", "thinking", "text", "tool_call", "tool_result", "thinking", "text", "done"]
-        call, result = events[3], events[4]
-        assert (call["id"], call["name"], call["args"]) == ("call_1_1", "echo", {"text": "x"})
-        assert (result["id"], result["name"], result["result"]) == ("call_1_1", "echo", {"echo": "x"})
+def test_a_plain_stream_has_its_headers_ids_events_and_end_and_becomes_rows() -> None:
+    with serving(scripted(["one ", Call("echo", {"text": "x"}, "c1")], [Think("hm"), "two"])) as client:
+        response = client.post("/chatkit/", json={"message": "  hello\n\tyou  "})
         rows = client.messages(1)
-        assert [row["role"] for row in rows] == ["user", "assistant", "tool", "reasoning", "assistant"]
-        assert rows[2]["tool_calls"] == [{"id": "call_1_1", "name": "echo", "args": {"text": "x"}}]
-        assert json.loads(rows[2]["content"]) == {"echo": "x"}
-        assert {row["status"] for row in rows} == {"done"}
-        assert events[-1]["usage"] == {"input_tokens": 6, "output_tokens": 10}
+    headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+    headers |= {"x-accel-buffering": "no", "x-thread-id": "1"}
+    assert response.headers.items() >= headers.items()
+    frames = [frame.split("\n") for frame in response.text.split("\n\n") if frame]
+    assert frames.pop() == ["data: [DONE]"]
+    numbers = [int(frame[0].rpartition("-")[2]) for frame in frames]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    events = [json.loads(frame[1][6:]) for frame in frames]
+    call = {"id": "c1", "name": "echo", "args": {"text": "x"}}
+    thought = rows[3]["item"]
+    assert (thought["type"], thought["workflow"]["type"]) == ("workflow", "reasoning")
+    assert [event for event in events if event["type"] != "item" or event["item"] == thought] == [
+        {"type": "thread", "thread_id": 1, "title": "hello you"},
+        {"type": "thinking", "content": ""},
+        {"type": "text", "content": "one ", "message_id": 2},
+        {"type": "tool_call", **call},
+        {"type": "tool_result", "id": "c1", "name": "echo", "result": {"echo": "x"}},
+        {"type": "thinking", "content": "hm"},
+        {"type": "item", "item": thought},
+        {"type": "text", "content": "two", "message_id": 5},
+        {"type": "done", "status": "completed", "thread_id": 1, "message_id": 5}
+        | {"usage": {"input_tokens": 14, "output_tokens": 10}},
+    ]
+    assert [(row["role"], row["content"], row["tool_calls"], row["status"]) for row in rows] == [
+        ("user", "  hello\n\tyou  ", None, "done"),
+        ("assistant", "one ", None, "done"),
+        ("tool", '{"echo": "x"}', [call], "done"),
+        ("item", "hm", None, "done"),
+        ("assistant", "two", None, "done"),
+    ]
 
 
-NOT_JSON = "The content type must be application/json"
+@pytest.fixture(scope="module")
+def hello() -> Iterator[Client]:
+    """A server that always says hello."""
+    with serving(scripted(["hello"])) as client:
+        yield client
 
 
-@pytest.mark.parametrize(
-    ("request_", "status", "detail"),
-    [
-        ({"content": b"{"}, 400, "Invalid JSON"),
-        ({"content": b"[1]"}, 400, "Invalid JSON"),
-        ({"content": b'{"message": "\xff"}'}, 400, "Invalid JSON"),
-        ({"content": b'{"message": "\\ud800"}'}, 400, "Invalid JSON"),
-        ({"content": b'{"message": "x", "n": NaN}'}, 400, "Invalid JSON"),
-        ({"json": {}}, 400, "Message is required"),
-        ({"json": {"message": " \n "}}, 400, "Message is required"),
-        ({"json": {"message": 7}}, 400, "Message is required"),
-        ({"json": {"message": "x" * 32_001}}, 413, "Message is longer than 32000 characters"),
-        ({"json": {"message": "x", "more": "x" * 1024 * 1024}}, 413, "The request is larger than 1,048,576 bytes"),
-        ({"json": {"message": "x", "thread_id": 99}}, 404, "Conversation not found"),
-        ({"json": {"message": "x", "thread_id": "99"}}, 404, "Conversation not found"),
-        ({"json": {"message": "x", "thread_id": "abc"}}, 404, "Conversation not found"),
-        ({"json": {"message": "x", "thread_id": 2**70}}, 404, "Conversation not found"),
-        ({"json": {"message": "x", "thread_id": True}}, 404, "Conversation not found"),
-        ({"json": {"message": "x", "model": "gpt-nope"}}, 400, "There is no model 'gpt-nope' here; there is demo"),
-        ({"json": {"message": "x", "tool_choice": "nope"}}, 400, "There is no tool 'nope' here; there is echo"),
-        (
-            {"content": b"{}", "headers": {"content-type": "text/plain"}},
-            415,
-            "The content type must be application/json",
-        ),
-        ({"data": {"message": "x"}}, 415, "The content type must be application/json"),
-    ],
-)
-def test_bad_requests_are_refused_with_a_reason(request_: dict[str, Any], status: int, detail: str) -> None:
-    if "content" in request_:
-        request_ = {"headers": {"content-type": "application/json"}, **request_}
-    with serving(scripted(["never"])) as client:
-        response = client.post("/chatkit", **request_)
-        assert (response.status_code, response.json()) == (status, {"detail": detail})
-        assert client.get("/api/conversations").json() == []
+def test_titles_are_folded_and_cut_at_fifty_characters(hello: Client) -> None:
+    titles = {"a\n b": "a b", "x" * 50: "x" * 50, "x" * 51: "x" * 50 + "..."}
+    assert {text: hello.send_message(text)[0]["title"] for text in titles} == titles
 
 
-def test_a_thread_id_may_be_text() -> None:
-    with serving(scripted(["one"])) as client:
-        client.send_message("a")
-        assert client.send_message("b", thread_id="1")[0]["thread_id"] == 1
-        assert len(client.messages(1)) == 4
-
-
-def test_titles_are_folded_and_cut_at_fifty_characters() -> None:
-    assert ck.make_title("a\n b") == "a b"
-    assert ck.make_title("x" * 50) == "x" * 50
-    assert ck.make_title("x" * 51) == "x" * 50 + "..."
-
-
-@pytest.mark.parametrize("before", [[], ["so far"]])
-def test_a_model_that_raises_ends_the_stream_properly(before: list[str]) -> None:
-    with serving(scripted([*before, RuntimeError("key sk-secret")], ["better"])) as client:
+def test_a_model_that_raises_ends_the_stream_properly_and_without_its_secrets() -> None:
+    with serving(scripted(["so far", RuntimeError("key sk-secret")])) as client:
         events = client.send_message("hi")
-        assert [event["type"] for event in events[-2:]] == ["error", "done"]
         assert events[-2]["message"] == "Something went wrong while answering."
-        assert events[-1]["status"] == "failed"
-        assert "sk-secret" not in json.dumps(events)
-        assert [(row["role"], row["content"], row["status"]) for row in client.messages(1)] == [
-            ("user", "hi", "done"),
-            *([("assistant", "so far", "failed")] if before else []),
-        ]
-        assert said(client.send_message("again", thread_id=1)) == "better"
-
-
-def test_a_tool_that_raises_does_not_end_the_turn_nor_tell_why() -> None:
-    @function_tool
-    async def broken() -> str:
-        """Fails."""
-        raise RuntimeError("password hunter2")
-
-    with serving(scripted([Call("broken")], ["sorry"], tools=[broken])) as client:
-        events = client.send_message("hi")
-        assert said(events) == "sorry"
-        assert events[3]["result"] == {"error": "The tool broken failed."}
-        assert "hunter2" not in json.dumps(events)
+        assert events[-1]["status"] == "failed" and "sk-secret" not in str(events)
+        assert [(row["content"], row["status"]) for row in client.messages(1)[1:]] == [("so far", "failed")]
 
 
 def test_a_model_that_never_answers_is_stopped_after_some_steps() -> None:
     with serving(scripted([Call("echo", {"text": "again"})]), max_steps=3) as client:
         events = client.send_message("hi")
-        assert events[-2]["code"] == "too_many_steps"
-        assert len([event for event in events if event["type"] == "tool_call"]) == 3
+    assert events[-2]["code"] == "too_many_steps" and len(of_type(events, "tool_call")) == 3
 
 
-def test_a_turn_ends_after_its_time() -> None:
-    wait = Wait()
-    with serving(scripted(["so far", wait], ["next"]), turn_timeout=0.3) as client:
-        events = client.send_message("hi")
-        assert (events[-2]["code"], events[-2]["allow_retry"], events[-1]["status"]) == ("timeout", True, "failed")
-        assert until(wait.left.is_set)
-        assert client.messages(1)[-1]["content"] == "so far"
-        assert said(client.send_message("hi", thread_id=1)) == "next"
-
-
-def test_half_characters_of_a_provider_are_put_together() -> None:
-    with serving(scripted(["a\ud83d", "\ude00b", "\ud800", "c"])) as client:
-        assert said(client.send_message("hi")) == "a\U0001f600b\ufffdc"
-        assert client.messages(1)[-1]["content"] == "a\U0001f600b\ufffdc"
-
-
-# ============================================================================================================ Turns
-
-
-def test_a_reader_that_leaves_does_not_stop_the_turn() -> None:
-    wait = Wait()
-    with serving(scripted(["one ", wait, "two"])) as client:
-        with client.stream("POST", "/chatkit", json={"message": "hi"}) as response:
-            next(response.iter_bytes())
-        wait.gate.set()
-        row = until(
-            lambda: [row for row in client.messages(1) if row["role"] == "assistant" and row["status"] == "done"]
-        )
-        assert row[0]["content"] == "one two"
-
-
-def test_readers_join_from_the_start_or_after_an_id_and_see_the_same() -> None:
-    wait = Wait()
-    with serving(scripted(["one ", "two ", wait, "three"])) as client, ThreadPoolExecutor() as pool:
-        first = pool.submit(client.send_message, "hi")
-        assert wait.reached.wait(DEADLINE)
-
-        joined = threading.Semaphore(0)
-
-        def join(last_event_id: str | None = None) -> list[dict[str, Any]]:
-            headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
-            with client.stream("GET", "/api/conversations/1/stream", headers=headers) as response:
-                assert response.status_code == 200
-                joined.release()
-                return list(plain_events(response))
-
-        whole = pool.submit(join)
-        with client.stream("GET", "/api/conversations/1/stream") as response:
-            seen = [next(events) for events in [plain_events(response)] for _ in range(3)]
-        rest = pool.submit(join, seen[-1]["_id"])
-        foreign = [pool.submit(join, wrong) for wrong in ("nonsense", "0-1", seen[0]["_id"].replace("-1", "-99"), "")]
-        assert all(joined.acquire(timeout=DEADLINE) for _ in range(6))
-        wait.gate.set()
-        everything = first.result(DEADLINE)
-        assert said(everything) == "one two three"
-        assert whole.result(DEADLINE) == everything
-        assert seen + rest.result(DEADLINE) == everything
-        assert all(each.result(DEADLINE) == everything for each in foreign)
-        assert client.get("/api/conversations/1/stream").status_code == 204
-        assert client.get("/api/conversations/2/stream").status_code == 404
-
-
-def test_cancel_stops_the_model_and_keeps_what_was_said() -> None:
-    wait = Wait()
-    agent = scripted(["so far", wait, "never"], ["next"])
-    with serving(agent) as client, ThreadPoolExecutor() as pool:
-        answer = pool.submit(client.send_message, "hi")
-        assert wait.reached.wait(DEADLINE)
-        assert client.post("/chatkit", json={"message": "too early", "thread_id": 1}).status_code == 409
-        began = time.monotonic()
-        assert client.post("/api/conversations/1/cancel").json() == {"status": "cancelled"}
-        assert wait.left.wait(1) and time.monotonic() - began < 1
-        assert answer.result(DEADLINE)[-1]["status"] == "cancelled"
-        assert [(row["content"], row["status"]) for row in client.messages(1)] == [
-            ("hi", "done"),
-            ("so far", "cancelled"),
-        ]
-        assert client.post("/api/conversations/1/cancel").status_code == 409
-        assert said(client.send_message("go on", thread_id=1)) == "next"
-        assert "stopped the answer" in json.dumps(agent.model.seen[-1])  # type: ignore[union-attr]
+# ===================================================================================================== Turns
 
 
 def test_deleting_a_conversation_while_it_answers_leaves_nothing(tmp_path: Path) -> None:
     wait = Wait()
     file = tmp_path / "chat.db"
-    with serving(scripted(["so far", wait], ["new"]), database=str(file)) as client, ThreadPoolExecutor() as pool:
-        answer = pool.submit(client.send_message, "hi")
-        assert wait.reached.wait(DEADLINE)
+    with answering(scripted(["so far", wait], ["new"]), wait, database=str(file)) as (client, answer):
         assert client.delete("/api/conversations/1").json() == {"status": "deleted", "id": 1}
         assert wait.left.wait(1)
         assert answer.result(DEADLINE)[-1]["status"] == "cancelled"
-        with sqlite3.connect(file) as db:
-            assert db.execute(
-                "SELECT (SELECT COUNT(*) FROM conversations), (SELECT COUNT(*) FROM messages)"
-            ).fetchone() == (0, 0)
+        assert rows_of(file, "SELECT id FROM conversations UNION SELECT id FROM messages") == []
         assert client.send_message("new")[0]["thread_id"] == 2  # an id never comes back
 
 
 def test_a_silent_stream_carries_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ck, "KEEP_ALIVE", 0.1)
     wait = Wait()
-    body = {"message": "hi"}
-    with serving(scripted([wait, "at last"])) as client, client.stream("POST", "/chatkit", json=body) as response:
-        lines = response.iter_lines()
-        assert [line for line in (next(lines) for _ in range(12)) if line.startswith(":")] == [": keep-alive"] * 3
+    path = "/api/conversations/1/stream"
+    with answering(scripted([wait, "at last"]), wait) as (client, _), client.stream("GET", path) as response:
+        comments = (line for line in response.iter_lines() if line.startswith(":"))
+        assert [next(comments) for _ in range(3)] == [": keep-alive"] * 3
         wait.gate.set()
-        assert any("at last" in line for line in lines)
 
 
 def test_two_requests_at_once_are_one_answer_and_one_refusal() -> None:
     wait = Wait()
-    with serving(scripted(["first"], [wait, "second"])) as client, ThreadPoolExecutor() as pool:
+    with serving(scripted(["first"], [wait, "second"])) as client, ThreadPoolExecutor(2) as pool:
         client.send_message("hi")
-        posts = [pool.submit(client.post, "/chatkit", json={"message": "x", "thread_id": 1}) for _ in range(2)]
-        refused = next(post for post in as_completed(posts, DEADLINE))
-        assert refused.result().status_code == 409
+        body = {"message": "x", "thread_id": 1}
+        posts = [pool.submit(client.post, "/chatkit", json=body) for _ in range(2)]
+        assert next(as_completed(posts, DEADLINE)).result().status_code == 409
         wait.gate.set()
         assert sorted(post.result(DEADLINE).status_code for post in posts) == [200, 409]
         assert [row["role"] for row in client.messages(1)] == ["user", "assistant", "user", "assistant"]
 
 
-def test_two_turns_with_one_fake_item_id_are_two_messages() -> None:
-    with serving(scripted(["one"], ["two"])) as client:
-        ids = {client.send_message("a", thread_id=None if n == 0 else 1)[-1]["message_id"] for n in range(2)}
-        assert len(ids) == 2
-        assert [row["content"] for row in client.messages(1) if row["role"] == "assistant"] == ["one", "two"]
-
-
 def test_the_model_is_shown_the_last_items_with_calls_and_results_paired() -> None:
-    agent = scripted(
-        [Call("echo", {"text": "a"}, "c1"), Call("echo", {"text": "b"}, "c2")], ["one"], ["two"], ["three"]
-    )
+    calls = [Call("echo", {"text": "a"}, "c1"), Call("echo", {"text": "b"}, "c2")]
+    agent = scripted(calls, ["one"], ["two"], ["three"])
     with serving(agent, history_limit=4) as client:
-        for message in ("first", "second", "third"):
-            client.send_message(message, thread_id=None if message == "first" else 1)
-        seen = agent.model.seen  # type: ignore[union-attr]
-        # Rows so far: user, call, call, assistant, user. The window is the last four of them.
-        assert [item.get("type") or item["role"] for item in seen[2]] == [
-            "user",  # a note that something is left out
-            "function_call",
-            "function_call",
-            "function_call_output",
-            "function_call_output",
-            "assistant",
-            "user",
-        ]
-        assert [item["call_id"] for item in seen[2][1:5]] == ["c1", "c2", "c1", "c2"]
-        assert all("id" not in item for item in seen[2])
-        assert [item["content"] for item in seen[3]] == [
-            "(Earlier messages are left out.)",
-            "one",
-            "second",
-            "two",
-            "third",
-        ]
+        client.send_message("first")
+        client.send_message("second", 1)
+        client.send_message("third", 1)
+    # Rows at the second message: user, call, call, assistant, user. The window is the last four of them.
+    note, *window = shown_to(agent, 2)
+    assert "left out" in note["content"] and all("id" not in item for item in window)
+    told = [f"{item.get('type') or item['role']} {item.get('call_id', '')}".strip() for item in window]
+    calls_and_outputs = [
+        f"{kind} {each}" for kind in ("function_call", "function_call_output") for each in ("c1", "c2")
+    ]
+    assert told == [*calls_and_outputs, "assistant", "user"]
+    assert [item["content"] for item in shown_to(agent, 3)[1:]] == ["one", "second", "two", "third"]
 
 
-# ============================================================================================================= REST
+# ====================================================================================================== REST
 
 
-def test_conversations_are_listed_renamed_locked_and_deleted() -> None:
-    with serving(scripted(["hello"])) as client:
-        for message in ("one", "two", "three"):
-            client.send_message(message)
-        client.send_message("again", thread_id=1)
-        listed = client.get("/api/conversations").json()
-        assert [row["id"] for row in listed] == [1, 3, 2]
-        assert set(listed[0]) == {"id", "title", "created_at", "updated_at"}
-        assert client.get("/api/conversations/recent/first").json() == listed[0]
-        assert client.get("/api/conversations?limit=1&offset=1").json() == listed[1:2]
-        assert client.patch("/api/conversations/2", json={"title": " New "}).json()["title"] == "New"
-        assert client.get("/api/conversations/2").json()["title"] == "New"
-        for bad in (
-            {},
-            {"title": ""},
-            {"title": "x" * 201},
-            {"title": 7},
-            {"status": "open"},
-            {"status": "locked", "reason": 7},
-        ):
-            assert client.patch("/api/conversations/2", json=bad).status_code == 400, bad
-        assert client.delete("/api/conversations/2/").json() == {"status": "deleted", "id": 2}
-        for path in ("/api/conversations/2", "/api/conversations/abc", f"/api/conversations/{2**64}"):
-            assert client.get(path).status_code == 404
-        for query in ("limit=0", "limit=101", "limit=x", "offset=-1"):
-            assert client.get(f"/api/conversations?{query}").status_code == 422
-        assert client.get("/api/conversations/recent/first/").json()["id"] == 1
+def test_conversations_are_listed_by_their_last_use_renamed_and_deleted(hello: Client) -> None:
+    first, second, third = (hello.send_message(message)[0]["thread_id"] for message in "abc")
+    assert hello.send_message("again", thread_id=str(first))[0]["thread_id"] == first
+    listed = hello.get("/api/conversations?limit=9999").json()
+    assert [row["id"] for row in listed[:3]] == [first, third, second]
+    assert set(listed[0]) == {"id", "title", "created_at", "updated_at", "status", "reason", "metadata"}
+    assert hello.get("/api/conversations?limit=1&offset=1").json() == listed[1:2]
+    assert hello.get("/api/conversations/recent/first/").json() == listed[0]
+    path = f"/api/conversations/{first}"
+    assert hello.patch(path, json={"title": " New "}).json()["title"] == "New"
+    assert hello.get(path).json()["title"] == "New"
+    assert hello.delete(path + "/").json() == {"status": "deleted", "id": first}
+    assert hello.get(path).status_code == 404
 
 
 def test_search_finds_titles_and_messages_by_the_beginnings_of_words() -> None:
@@ -821,546 +706,617 @@ def test_search_finds_titles_and_messages_by_the_beginnings_of_words() -> None:
         def found(q: str) -> list[int]:
             return [row["id"] for row in client.get("/api/conversations", params={"q": q}).json()]
 
-        assert found("alp") == [1]
-        assert found("beta ALPHA") == [1]
-        assert found("zurich") == [1]
-        assert found("delt") == [2]
-        assert found("gamma") == [2]
+        assert found("alp") == found("beta ALPHA") == found("zurich") == [1]
+        assert found("delt") == found("gamma") == [2]
         assert found("lpha") == found("nope") == found('"*()') == []
         client.delete("/api/conversations/1")
         assert found("alpha") == []
 
 
-def test_health_says_503_without_a_database(tmp_path: Path) -> None:
-    with serving(database=str(tmp_path / "chat.db")) as client:
-        (tmp_path / "chat.db").unlink()
-        response = client.get("/health")
-        assert (response.status_code, response.json()["detail"].split(".")[0]) == (503, "The database file is gone")
-
-
-def test_tasks_can_be_read_and_ticked_where_the_todo_assistant_answers() -> None:
+def test_tasks_can_be_read_and_ticked_where_the_todo_assistant_answers(hello: Client) -> None:
     with serving() as client:
         client.send_message("add milk")
-        assert client.get("/api/tasks").json() == [{"id": 1, "title": "milk", "done": False}]
-        assert client.patch("/api/tasks/1", json={"done": True}).json() == {"id": 1, "title": "milk", "done": True}
+        task = {"id": 1, "title": "milk", "done": False}
+        assert client.get("/api/tasks").json() == [task]
+        assert client.patch("/api/tasks/1", json={"done": True}).json() == {**task, "done": True}
         assert client.patch("/api/tasks/1", json={"done": 1}).status_code == 400
         assert client.patch("/api/tasks/2", json={"done": True}).status_code == 404
-    with serving(scripted(["x"])) as client:
-        assert client.get("/api/tasks").status_code == 404
+    assert hello.get("/api/tasks").status_code == 404
 
 
-# ======================================================================================================= Demo model
+# ================================================================================================= Extending
 
 
-@pytest.mark.parametrize(
-    ("message", "commands"),
-    [
-        ("add buy milk to my list", [("add_task", "", "buy milk")]),
-        ("Please add \u201cbuy milk\u201d to the to-do list!", [("add_task", "", "buy milk")]),
-        ("remind me to call mom", [("add_task", "", "call mom")]),
-        ("add milk, eggs and bread", [("add_task", "", "milk"), ("add_task", "", "eggs"), ("add_task", "", "bread")]),
-        ("create a task to water the plants", [("add_task", "", "water the plants")]),
-        ("show my tasks", [("list_tasks", "", "")]),
-        ("What's on my list?", [("list_tasks", "", "")]),
-        ("complete the second one", [("complete_task", "the second one", "")]),
-        ("mark task 3 as done", [("complete_task", "task 3", "")]),
-        ("buy milk is done", [("complete_task", "buy milk", "")]),
-        ("rename 1 to buy oat milk", [("update_task", "1", "buy oat milk")]),
-        ("delete buy milk from my list", [("delete_task", "buy milk", "")]),
-        (
-            "add tea and then complete 1, delete the last one; show my list",
-            [
-                ("add_task", "", "tea"),
-                ("complete_task", "1", ""),
-                ("delete_task", "the last one", ""),
-                ("list_tasks", "", ""),
-            ],
-        ),
-        ("hello", []),
-        ("who are you?", []),
-    ],
-)
-def test_the_demo_model_understands_sentences(message: str, commands: list[tuple[str, str, str]]) -> None:
-    assert [(c.verb, c.target, c.title) for c in ck.understand(message)] == commands
-
-
-def test_the_demo_model_keeps_a_list_in_ordinary_sentences() -> None:
-    with serving() as client:
-        client.send_message("add buy milk, call mom and water plants")
-        say = lambda message: said(client.send_message(message, thread_id=1))  # noqa: E731
-        assert "- **2** call mom" in say("show my tasks")
-        assert "Marked \u201ccall mom\u201d as done" in say("complete the second one")
-        assert "Task 1 is now \u201cbuy oat milk\u201d" in say("rename buy milk to buy oat milk")
-        assert "Removed \u201cwater plants\u201d" in say("delete water plants")
-        assert "There is no task 77" in say("delete 77")
-        assert "no single task" in say("complete the washing")
-        assert client.get("/api/tasks").json() == [
-            {"id": 1, "title": "buy oat milk", "done": False},
-            {"id": 2, "title": "call mom", "done": True},
-        ]
-        assert "demo model" in say("what is the meaning of life?")
-
-
-def test_the_demo_model_calls_the_tools_of_any_agent() -> None:
-    agent = Agent(name="Echo", tools=[echo])
-    with serving(agent) as client:
-        assert client.get("/health").json()["model"] == "demo"
-        assert "call echo" in said(client.send_message("hello"))
-        events = client.send_message('call echo {"text": "hi"}')
-        assert kinds(events)[2:4] == ["tool_call", "tool_result"]
-        assert '{"echo": "hi"}' in said(events)
-
-
-# ========================================================================================================== Extending
-
-
-def test_an_agent_of_ones_own_as_the_readme_shows(tmp_path: Path) -> None:
-    (tmp_path / "whoami.py").write_text(readme_block("whoami.py").replace("port=8000", "port=0"))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "whoami.py"], cwd=tmp_path, env=CLEAN_ENV, **pipes) as process:  # type: ignore[call-overload]
-        with Client(base_url=process.stdout.readline().strip(), timeout=DEADLINE) as client:
-            events = client.send_message("call whoami")
-        process.communicate("\n", DEADLINE)
-        assert process.returncode == 0
-    assert {"type": "thinking", "content": "Looking you up"}.items() <= events[3].items()
-    assert "local" in said(events)
-
-
-def readme_block(name: str) -> str:
-    """A code block of the README, by the file name in its first line."""
-    blocks = (HERE / "README.md").read_text(encoding="utf-8").split("```")
-    return next(block.partition("\n")[2] for block in blocks if f"# {name}" in block.partition("\n")[2][:80])
-
-
-def readme_example(name: str) -> dict[str, Any]:
-    """What a code block of the README defines, run after the imports that the blocks share."""
-    shared = "from agents import Agent, RunContextWrapper, function_tool\nimport chatkit_server as ck\n"
-    names: dict[str, Any] = {}
-    exec(shared + readme_block(name), names)
-    return names
-
-
-def test_the_readmes_progress_effect_and_notice_reach_the_reader_at_once() -> None:
-    weather = readme_example("weather.py")["weather"]
-    with serving(scripted([Call("weather", {"city": "Oslo"})], ["Sunny"], tools=[weather])) as client:
-        events = client.send_message("hi")
-        assert kinds(events)[2:7] == ["tool_call", "progress", "effect", "notice", "tool_result"]
-        assert events[3].items() >= {"content": "Looking at the sky of Oslo", "icon": "search"}.items()
-        assert events[4].items() >= {"name": "show_map", "data": {"city": "Oslo"}}.items()
-        assert events[5].items() >= {"level": "info", "title": "Weather"}.items()
-        assert [row["role"] for row in client.messages(1)] == ["user", "tool", "assistant"]
-
-
-def test_the_readmes_client_tool_waits_for_the_frontend() -> None:
-    tool = readme_example("selection.py")["get_selection"]
-    agent = scripted([Call("get_selection")], ["You selected two lines."], tools=[tool])
-    with serving(agent) as client:
-        events = client.send_message("what is selected?")
-        assert kinds(events)[2:] == ["tool_call", "client_tool", "done"]
-        assert events[3].items() >= {"name": "get_selection", "args": {"kind": "text"}}.items()
-        path = "/api/conversations/1/tool_output"
-        assert client.post(path, json={"result": 1, "id": "another"}).status_code == 409
-        answer = client.post(path, json={"result": {"lines": 2}}).text
-        assert "You selected two lines." in answer
-        assert client.post(path, json={"result": 1}).status_code == 409
-        shown = agent.model.seen[1]  # type: ignore[union-attr]
-        assert [item.get("type") for item in shown[1:]] == ["function_call", "function_call_output"]
-        assert json.loads(shown[2]["output"]) == {"lines": 2}
-
-
-def test_the_readmes_questions_wait_for_answers() -> None:
-    tool = readme_example("dinner.py")["plan_dinner"]
-    agent = scripted([Call("plan_dinner")], ["Soup it is."], tools=[tool])
-    with serving(agent) as client:
-        events = client.send_message("plan dinner")
-        assert kinds(events)[2:] == ["tool_call", "input", "done"]
-        given = {"main": {"values": ["soup", "pasta"]}, "unknown": {"values": ["x"]}}
-        body = {"item_id": events[3]["id"], "answers": given}
-        assert "Soup" in client.post("/api/conversations/1/answers", json=body).text
-        assert client.post("/api/conversations/1/answers", json=body).status_code == 409
-        told = json.loads(agent.model.seen[1][-1]["output"])  # type: ignore[union-attr]
-        assert told == [
-            {"question": "What?", "values": ["soup"], "skipped": False},
-            {"question": "Any wishes?", "skipped": True},
-        ]
-
-
-def test_the_readmes_widget_counts_clicks() -> None:
-    names = readme_example("counter.py")
-    agent = scripted([Call("show_counter")], ["Click it."], tools=[names["show_counter"]])
-    with serving(agent, on_action=names["on_action"]) as client:
-        widget = next(event for event in client.send_message("hi") if event["type"] == "widget")
-        assert widget["widget"]["children"][0]["label"] == "0"
-        action = {"type": "count", "payload": {"count": 1}}
-        events = client.operate("threads.custom_action", thread_id="1", item_id=str(widget["id"]), action=action)
-        assert events[-1]["item"]["widget"]["children"][0]["label"] == "1"
-
-
-def test_the_readmes_file_reaches_the_model() -> None:
-    agent = scripted(["Oat milk."])
-    with serving(agent) as client:
-        exec(readme_block("send_file.py").replace("http://localhost:8000", str(client.base_url)), {})
-        parts = agent.model.seen[0][-1]["content"]  # type: ignore[union-attr]
-        assert "Buy oat milk." in parts[0]["text"]
-        assert parts[-1]["text"] == "What does this say?"
-
-
-def test_the_readmes_dictation() -> None:
-    with ck.serve_in_background(readme_example("dictation.py")["app"]) as url, Client(base_url=url) as client:
-        spoken = client.operate("input.transcribe", audio_base64="AAAA", mime_type="audio/webm;codecs=opus")
-        assert spoken == {"text": "3 bytes of audio/webm"}
-
-
-def test_uvicorn_starts_the_factory(tmp_path: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "chatkit_server:create_app", "--factory", "--port", str(port)]
-    with open(tmp_path / "log.txt", "wb") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=CLEAN_ENV, stderr=log, stdout=log)
-    try:
-        with Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
-            until(lambda: answers(client), 30)
+def test_uvicorn_starts_the_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `uvicorn chatkit_server:create_app --factory` does, which knows nothing of serve_in_background()."""
+    monkeypatch.chdir(tmp_path)
+    server = uvicorn.Server(uvicorn.Config("chatkit_server:create_app", factory=True, log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run, [listener])
+        with Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
             assert said(client.send_message("add milk"))
-    finally:
-        process.terminate()
-        process.wait(DEADLINE)
+        server.should_exit = True
+        running.result(DEADLINE)
+    assert [file.name for file in tmp_path.iterdir()] == ["chatkit.db"]  # no -wal: the connection was closed
 
 
-def answers(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def test_the_app_works_mounted_in_another_one_and_in_starlettes_test_client(tmp_path: Path) -> None:
+    """A mounted app has no lifespan: its store opens all the same, and closes with the event loop."""
+    threads, outer = our_threads(), FastAPI()
+    outer.mount("/assistant", make_app(database=str(tmp_path / "chat.db")))
+    with TestClient(outer, base_url="http://test") as client:
+        assert "Added" in client.post("/assistant/chatkit", json={"message": "add milk"}).text
+        for path in ("", "health", "api/conversations/", "api/conversations/1"):
+            assert client.get(f"/assistant/{path}").status_code == 200
+    assert until(lambda: our_threads() <= threads) and not (tmp_path / "chat.db-wal").exists()
 
 
-def test_the_app_works_mounted_in_another_one(tmp_path: Path) -> None:
-    """Starlette runs no lifespan for a mounted app: the store opens all the same, and closes with the event loop."""
-    file = tmp_path / "chat.db"
-    outer = FastAPI()
-    outer.mount("/assistant", ck.create_app(settings=ck.Settings(database=str(file), model="demo")))
-
-    async def visit() -> None:
-        transport = httpx.ASGITransport(app=outer)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            answer = await client.post("/assistant/chatkit", json={"message": "add milk"})
-            assert "Added" in answer.text
-            assert (await client.get("/assistant/api/conversations/")).json()[0]["id"] == 1
-            assert (await client.get("/assistant/")).status_code == 200
-            assert (await client.get("/assistant/health")).json()["status"] == "healthy"
-
-    threads = our_threads()
-    asyncio.run(visit())
-    assert until(lambda: our_threads() <= threads)
-    assert not (tmp_path / "chat.db-wal").exists()  # which a connection that was closed leaves behind no more
-
-
-def test_the_app_works_in_starlettes_test_client() -> None:
-    app = ck.create_app(scripted(["hello"]), settings=ck.Settings(database=":memory:", model="demo"))
-    with TestClient(app) as client:
-        assert "hello" in client.post("/chatkit", json={"message": "x"}).text
-        assert len(client.get("/api/conversations/1").json()["messages"]) == 2
-
-
-# ========================================================================================================== Notebook
+# ================================================================================================== Notebook
 
 
 async def test_events_without_a_server() -> None:
     async with ck.Store(":memory:") as store:
         events = [event async for event in ck.stream_agent("add buy milk", store=store)]
-        assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
+        assert {"thread", "tool_call", "tool_result", "text", "done"} <= set(kinds(events))
         thread_id = events[0]["thread_id"]
-        events = [event async for event in ck.stream_agent("show my tasks", store=store, conversation_id=thread_id)]
-        assert "buy milk" in said(events)
+        again = ck.stream_agent("show my tasks", store=store, conversation_id=thread_id)
+        assert "buy milk" in said([event async for event in again])
         with pytest.raises(ck.Refused, match="Conversation not found"):
             await anext(ck.stream_agent("x", store=store, conversation_id=99))
 
 
 def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
-    def serve(answer: str, port: int = 0) -> ck.BackgroundServer:
-        settings = ck.Settings(database=":memory:", model="demo")
-        return ck.serve_in_background(ck.create_app(scripted([answer]), settings=settings), port=port)
-
-    def ask(server: ck.BackgroundServer) -> str:
+    def said_by(server: Any) -> str:
         with Client(base_url=server.url) as client:
             return said(client.send_message("x"))
 
     threads = our_threads()
-    first, second = serve("one"), serve("two")
-    assert (ask(first), ask(second)) == ("one", "two")
+    apps = [make_app(scripted([answer])) for answer in ("one", "two", "three")]
+    first, second = map(ck.serve_in_background, apps[:2])
+    assert (said_by(first), said_by(second)) == ("one", "two")
     first.stop()
-    again = serve("three", port=int(first.url.rpartition(":")[2]))
-    assert ask(again) == "three"
-    again.stop()
-    second.stop()
-    second.stop()
+    again = ck.serve_in_background(apps[2], port=int(first.url.rpartition(":")[2]))
+    assert said_by(again) == "three"
+    for server in (again, second, second):  # twice is as good as once
+        server.stop()
     assert until(lambda: our_threads() <= threads)
 
 
-def test_the_cells_of_the_readme_run_in_a_kernel(tmp_path: Path) -> None:
-    optional("ipykernel")
-    nbformat, nbclient = optional("nbformat"), optional("nbclient")
-    cells = [
-        "import logging, warnings; warnings.simplefilter('error')",
-        "import chatkit_server as ck",
-        "server = ck.serve_in_background(ck.create_app(database=':memory:'))",
-        "import httpx; print(httpx.post(server.url + '/chatkit', json={'message': 'add milk'}).text)",
-        "server.stop()",
-        "with ck.serve_in_background(ck.create_app(database=':memory:')) as url:\n"
-        "    print(httpx.get(url + '/health').text)",
-        "async with ck.Store(':memory:') as store:\n"
-        "    async for event in ck.stream_agent('add buy milk', store=store):\n        print(event)",
-        "import gc, threading; gc.collect(); print([t.name for t in threading.enumerate() if 'chatkit' in t.name])",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    env = {**CLEAN_ENV, "JUPYTER_PLATFORM_DIRS": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    outputs = ["".join(out.get("text", "") for out in cell.outputs) for cell in notebook.cells]
-    assert "Added" in outputs[3] and "[DONE]" in outputs[3]
-    assert '"healthy"' in outputs[5]
-    assert "'type': 'done'" in outputs[6]
-    assert outputs[7].strip() == "[]"
+# ================================================================================================== Old files
+# A file of schema version 2, with each kind of row that the first version's server wrote until it was killed.
+
+VERSION_2 = """
+CREATE TABLE conversations (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'locked', 'closed')),
+    status_reason TEXT, created_at TEXT NOT NULL DEFAULT '', updated_at TEXT NOT NULL DEFAULT '') STRICT;
+CREATE INDEX conversations_by_use ON conversations (user_id, updated_at DESC, id DESC);
+CREATE INDEX conversations_by_age ON conversations (user_id, id);
+CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT,
+    conversation_id INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE, role TEXT NOT NULL
+    CHECK (role IN ('user', 'assistant', 'tool', 'reasoning', 'widget', 'input', 'system')),
+    content TEXT NOT NULL DEFAULT '', tool_calls TEXT CHECK (tool_calls IS NULL OR json_valid(tool_calls)),
+    status TEXT NOT NULL DEFAULT 'done', feedback TEXT CHECK (feedback IN ('positive', 'negative')),
+    extra TEXT CHECK (extra IS NULL OR json_valid(extra)), created_at TEXT NOT NULL DEFAULT '') STRICT;
+CREATE INDEX messages_in_order ON messages (conversation_id, id);
+CREATE INDEX messages_open ON messages (conversation_id, status) WHERE status IN ('streaming', 'pending');
+CREATE VIEW items AS SELECT m.*, c.user_id FROM messages m JOIN conversations c ON c.id = m.conversation_id;
+CREATE TRIGGER message_moves_conversation AFTER INSERT ON messages BEGIN
+    UPDATE conversations SET updated_at = new.created_at WHERE id = new.conversation_id; END;
+CREATE TABLE tasks (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,
+    done INTEGER NOT NULL DEFAULT 0 CHECK (done IN (0, 1)), created_at TEXT NOT NULL DEFAULT '') STRICT;
+CREATE INDEX tasks_of_user ON tasks (user_id, id);
+CREATE TABLE attachments (id TEXT PRIMARY KEY, user_id TEXT NOT NULL,
+    message_id INTEGER REFERENCES messages (id) ON DELETE CASCADE, key TEXT NOT NULL, name TEXT NOT NULL,
+    mime_type TEXT NOT NULL, size INTEGER NOT NULL, data BLOB, created_at TEXT NOT NULL DEFAULT '') STRICT;
+CREATE INDEX attachments_of_message ON attachments (message_id);
+CREATE INDEX attachments_unsent ON attachments (created_at) WHERE message_id IS NULL;
+CREATE VIRTUAL TABLE message_search USING fts5 (owner, body, content = '');
+CREATE VIRTUAL TABLE title_search USING fts5 (owner, body, content = '');
+CREATE TRIGGER message_found AFTER INSERT ON messages WHEN new.role IN ('user', 'assistant') BEGIN
+    INSERT INTO message_search (rowid, owner, body)
+    SELECT new.id, hex(user_id), new.content FROM conversations WHERE id = new.conversation_id; END;
+CREATE TRIGGER title_found AFTER INSERT ON conversations BEGIN
+    INSERT INTO title_search (rowid, owner, body) VALUES (new.id, hex(new.user_id), new.title); END;
+CREATE TRIGGER title_lost BEFORE DELETE ON conversations BEGIN
+    DELETE FROM messages WHERE conversation_id = old.id;
+    INSERT INTO title_search (title_search, rowid, owner, body)
+    VALUES ('delete', old.id, hex(old.user_id), old.title); END;
+INSERT INTO conversations (id, user_id, title, status, status_reason) VALUES
+    (1, 'local', 'Add milk and tea', 'active', NULL), (2, 'local', 'Ask @Ann about it', 'active', NULL),
+    (3, 'local', 'Order a shirt', 'active', NULL), (4, 'local', 'It breaks', 'locked', 'Under review'),
+    (5, 'zoë', 'Zoë''s café', 'active', NULL);
+INSERT INTO tasks (user_id, title, done)
+    VALUES ('local', 'Milk', 1), ('local', 'Tea ☕', 0), ('zoë', 'Z''s', 0);
+"""
 
 
-# ============================================================================================================ Store
+@dataclass
+class OldRow:
+    """A message of the old file, and the item that ChatKit shows, where the rest does not say it."""
+
+    conversation_id: int
+    role: str
+    content: str = ""
+    call: tuple[str, str, Any] | None = None  # id, name, arguments
+    extra: Any = None
+    status: str = "done"
+    shown: Any = None
+    feedback: str | None = None
 
 
-async def test_an_older_file_is_brought_forward_and_searchable(tmp_path: Path) -> None:
-    """A file of schema version 1 had no attachments and no search."""
-    file = tmp_path / "old.db"
-    async with ck.Store(file) as store:
-        await store.add_user_message("ann", None, "Old title", "old words")
-    with contextlib.closing(sqlite3.connect(file)) as db:
-        names = db.execute(
-            "SELECT type, name FROM sqlite_schema WHERE name LIKE '%search' OR type = 'trigger'"
-        ).fetchall()
-        for kind, name in names:
-            db.execute(f"DROP {kind} {name}")
-        db.execute("DROP TABLE attachments")
-        db.execute("PRAGMA user_version = 1")
-    async with ck.Store(file) as store:
-        assert [row["id"] for row in await store.search_conversations("ann", "words")] == [1]
-        assert [row["id"] for row in await store.search_conversations("ann", "title")] == [1]
-        assert await store.search_conversations("bob", "words") == []
-        await store.delete_conversation("ann", 1)
-        assert await store.search_conversations("ann", "words") == []
+OLD_FILES: dict[str, tuple[int | None, str, str, bytes | None]] = {  # row of the message, name, type, data
+    "att_1": (8, "notes.txt", "text/plain", "café at 9\n".encode()),
+    "att_2": (8, "dot.png", "image/png", b"\x89PNG\r\n\x1a\n..."),
+    "att_3": (11, "odd.pdf", "application/pdf", b"%PDF-1.4"),
+    "att_4": (None, "unsent.txt", "text/plain", b"later"),
+    "att_5": (None, "never.png", "image/png", None),
+}
 
 
-async def test_what_was_being_written_at_a_crash_is_marked(tmp_path: Path) -> None:
-    async with ck.Store(tmp_path / "chat.db") as store:
-        conversation, _ = await store.add_user_message("ann", None, "t", "hello")
-        await store.add_message("ann", conversation["id"], "assistant", "half", status="streaming")
-    async with ck.Store(tmp_path / "chat.db") as store:
-        rows = await store.messages("ann", conversation["id"])
-        assert [(row["content"], row["status"]) for row in rows] == [("hello", "done"), ("half", "interrupted")]
+def old_file_of(file_id: str) -> dict[str, Any]:
+    """As `extra` has an attachment."""
+    _, name, mime_type, data = OLD_FILES[file_id]
+    return {"id": file_id, "key": "k" * 32, "name": name, "mime_type": mime_type, "size": len(data or b"")}
 
 
-# ================================================================================================ a provider to talk to
-# A server on loopback that speaks as OpenAI (both APIs) and Gemini do, says what a test wants, and remembers what it
-# was asked. So what is tested is all between two real sockets: the dialects, the app, the SDK, the provider's client.
-
-KEY = "the-key-that-nobody-may-see"
-USAGE = {"input_tokens": 7, "output_tokens": 5}  # of every answer
+def shown_file(file_id: str, kind: str = "file", **more: Any) -> dict[str, Any]:
+    _, name, mime_type, _ = OLD_FILES[file_id]
+    return {"id": file_id, "name": name, "mime_type": mime_type, "type": kind, "thread_id": "2", **more}
 
 
-class Refuse(Think):
-    """A step of a provider's answer: a delta of a refusal."""
+MILK, TEA = '{"id": 1, "title": "Milk", "done": false}', '{"id": 2, "title": "Tea ☕", "done": false}'
+OLD_CHECKBOX = {
+    "type": "Checkbox",
+    "name": "task_1",
+    "onChangeAction": {"type": "toggle_task", "payload": {"id": 1}},
+}
+OLD_CARD = {"type": "Card", "children": [OLD_CHECKBOX]}
+OLD_THOUGHT = {"type": "thought", "content": "Two tasks.", "status_indicator": "complete"}
+OLD_MESSAGE = [
+    {"type": "input_text", "text": "Ask "},
+    {
+        "type": "input_tag",
+        "id": "p1",
+        "text": "Ann",
+        "data": {"age": 7},
+        "group": "People",
+        "interactive": True,
+    },
+    {"type": "input_text", "text": " about it"},
+]
+SURVEY: list[dict[str, Any]] = [
+    {
+        "type": "multiple_choice",
+        "id": "size",
+        "question": "Size?",
+        "options": [{"value": "L"}],
+        "multiple": False,
+    },
+    {"type": "freeform", "id": "why", "question": "Why?", "description": "In a word"},
+]
+SKIPPED = {"values": [], "skipped": True}
+OLD_ANSWERED = [
+    {**SURVEY[0], "answer": {"values": ["L"], "skipped": False}},
+    {**SURVEY[1], "answer": SKIPPED},
+]
+NOT_ANSWERED = [{**question, "answer": SKIPPED} for question in SURVEY]
+OLD_ANSWERS = (
+    '[{"question": "Size?", "values": ["L"], "skipped": false}, {"question": "Why?", "skipped": true}]'
+)
+NO_ANSWERS = '[{"question": "Size?", "skipped": true}, {"question": "Why?", "skipped": true}]'
+LOCATE = {"name": "get_location", "arguments": {"exact": True}}
 
 
-class Status:
-    """The whole of a provider's answer: an HTTP error, which quotes the request's headers as some proxies do."""
-
-    def __init__(self, code: int, **headers: str) -> None:
-        self.code = code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+def old_question(state: str, inputs: Any = SURVEY) -> dict[str, Any]:
+    return {"type": "structured_input", "status": state, "inputs": inputs}
 
 
-class Raw:
-    """A step of a provider's answer: these bytes, whatever they mean."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+def old_location(state: str, call_id: str, **more: Any) -> dict[str, Any]:
+    return {"type": "client_tool_call", "status": state, "call_id": call_id, **LOCATE, **more}
 
 
-class Reset:
-    """A step of a provider's answer: the connection breaks."""
+def old_task(title: str, state: str, **more: Any) -> dict[str, Any]:
+    return {"type": "task", "task": {"type": "custom", "title": title, "status_indicator": state, **more}}
 
 
-class End:
-    """The last step of a provider's answer, where it is not the usual one: why it ends, as the API calls it."""
+OLD_ROWS = [
+    OldRow(1, "user", "Add milk and tea"),
+    OldRow(1, "reasoning", "Two tasks.", shown={
+        "type": "workflow", "workflow": {"type": "reasoning", "expanded": False, "tasks": [OLD_THOUGHT]}}),
+    OldRow(1, "tool", MILK, ("a1", "add_task", {"title": "Milk"}), {"group": "g1", "provider_data": {
+        "model": "gemini/gemini-2.5-flash", "response_id": "r1", "thought_signature": "EpQB"}}),
+    OldRow(1, "tool", TEA, ("a2", "add_task", {"title": "Tea ☕"}), {"group": "g1"}),
+    OldRow(1, "tool", f"[{MILK}, {TEA}]", ("a3", "list_tasks", {}), {"group": "g2"}),
+    OldRow(1, "widget", "1. Milk", extra={"widget": OLD_CARD},
+           shown={"type": "widget", "widget": OLD_CARD, "copy_text": "1. Milk"}),
+    OldRow(1, "assistant", "Both are on your list.", feedback="positive"),
+    OldRow(2, "user", "Ask @Ann about it", extra={
+        "parts": OLD_MESSAGE, "quoted_text": "on your list", "model": "demo", "tool_choice": "broken",
+        "attachments": [old_file_of("att_1"), old_file_of("att_2")]},
+        shown={"type": "user_message", "content": OLD_MESSAGE, "quoted_text": "on your list",
+               "inference_options": {"model": "demo", "tool_choice": {"id": "broken"}},
+               "attachments": [shown_file("att_1"), shown_file(
+                   "att_2", "image", preview_url="data:image/png;base64,iVBORw0KGgouLi4=")]}),
+    OldRow(2, "tool", "", ("ws_1", "web_search", {}), {"group": "g3", "hosted": True},
+           shown=old_task("web_search", "complete")),
+    OldRow(2, "assistant", "Rain.", feedback="negative"),
+    OldRow(2, "user", extra={"attachments": [old_file_of("att_3")], "unread": True}, shown={
+        "type": "user_message", "content": [], "inference_options": {},
+        "attachments": [shown_file("att_3")]}),
+    OldRow(2, "assistant", "It was going to be", status="cancelled"),
+    OldRow(2, "system", "The person stopped the answer above."),
+    OldRow(3, "user", "Order a shirt"),
+    OldRow(3, "tool", '{"city": "Oslo"}', ("c1", "locate", {}),
+           {"group": "g4", "client": LOCATE, "output": {"city": "Oslo"}},
+           shown=old_location("completed", "c1", output={"city": "Oslo"})),
+    OldRow(3, "input", OLD_ANSWERS, ("c2", "choose", {}),
+           {"group": "g5", "inputs": OLD_ANSWERED, "answered": "answered"},
+           shown=old_question("answered", OLD_ANSWERED)),
+    OldRow(3, "input", NO_ANSWERS, ("c3", "choose", {}),
+           {"group": "g6", "inputs": NOT_ANSWERED, "answered": "skipped"},
+           shown=old_question("skipped", NOT_ANSWERED)),
+    OldRow(3, "tool", "", ("c4", "locate", {}), {"group": "g7", "client": LOCATE}, "cancelled",
+           old_task("get_location was not answered", "none")),
+    OldRow(3, "input", "", ("c5", "choose", {}), {"group": "g7", "inputs": SURVEY}, "cancelled",
+           old_question("skipped")),
+    OldRow(3, "user", "Never mind"),
+    OldRow(3, "tool", "", ("c6", "locate", {}), {"group": "g8", "client": LOCATE}, "pending",
+           old_location("pending", "c6")),
+    OldRow(3, "input", "", ("c7", "choose", {}), {"group": "g8", "inputs": SURVEY}, "pending",
+           old_question("pending")),
+    OldRow(4, "user", "It breaks"),
+    OldRow(4, "assistant", "Half a", status="failed"),
+    OldRow(4, "tool", "", ("e1", "slow", {"text": "x"}), {"group": "g9"}, "streaming",
+           old_task("slow", "none", content='{"text": "x"}')),
+    OldRow(5, "user", "café question"),
+    OldRow(5, "tool", "{}", ("f1", "add_task", {"title": "Z's task"}), {"group": "g10"}),
+    OldRow(5, "assistant", "An answer that is cut", status="streaming"),
+]  # fmt: skip
+# What the model is shown of a conversation; `>` is a call, `<` its output, `<?` one that came to no end.
+TOLD = {
+    1: ["Add milk and tea", '> a1 add_task {"title": "Milk"}', '> a2 add_task {"title": "Tea ☕"}',
+        f"< a1 {MILK}", f"< a2 {TEA}", "> a3 list_tasks {}", f"< a3 [{MILK}, {TEA}]", "1. Milk",
+        "Both are on your list."],
+    2: ["on your list|@Ann:|café at 9|image/png;base64,iVBOR|Ask @Ann about it", "Rain.",
+        "odd.pdf, which the model cannot read|without words", "It was going to be", "The person stopped"],
+    3: ["Order a shirt", "> c1 locate {}", '< c1 {"city": "Oslo"}', "> c2 choose {}", f"< c2 {OLD_ANSWERS}",
+        "> c3 choose {}", f"< c3 {NO_ANSWERS}", "> c4 locate {}", "> c5 choose {}", "<? c4", "<? c5",
+        "Never mind", "> c6 locate {}", "> c7 choose {}", "<? c6", "<? c7"],
+    4: ["It breaks", "Half a", '> e1 slow {"text": "x"}', "<? e1"],
+}  # fmt: skip
+FOUND = {("local", "café"): [], ("local", "milk"): [1], ("local", "going"): [2], ("local", "gone"): [],
+         ("zoë", "cafe"): [5], ("zoë", "cut"): [5], ("zoë", "milk"): []}  # fmt: skip
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+
+def old_time(row_id: int) -> str:
+    return f"2025-11-21T12:00:{row_id:02}.000Z"
 
 
-def pieces(text: str) -> list[str]:
-    return [text[start : start + 7] for start in range(0, len(text), 7)]
+@pytest.fixture
+def old_file(tmp_path: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(tmp_path / "old.db", isolation_level=None)) as db:
+        db.executescript(VERSION_2)
+        for number, row in enumerate(OLD_ROWS, 1):
+            call = row.call and json.dumps([dict(zip(("id", "name", "args"), row.call, strict=True))])
+            extra = row.extra and json.dumps(row.extra)
+            values = (row.conversation_id, row.role, row.status, row.feedback, row.content, call, extra)
+            db.execute(
+                """INSERT INTO messages (conversation_id, role, status, feedback, content, tool_calls, extra,
+                                         created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                (*values, old_time(number)),
+            )
+        for file_id, (row_id, *file) in OLD_FILES.items():
+            db.execute(
+                """INSERT INTO attachments (id, user_id, message_id, key, size, name, mime_type, data)
+                   VALUES (?, 'local', ?, 'k', 5, ?, ?, ?)""",
+                (file_id, row_id, *file),
+            )
+        db.executescript("UPDATE sqlite_sequence SET seq = seq + 3; PRAGMA user_version = 2")
+    return tmp_path / "old.db"
+
+
+def shown_of(row: OldRow) -> dict[str, Any]:
+    if row.shown:
+        return cast(dict[str, Any], row.shown)
+    if row.call:
+        _, name, arguments = row.call
+        content = f"{json.dumps(arguments, ensure_ascii=False)}\n{row.content}" if arguments else row.content
+        return old_task(name, "complete", content=content)
+    if row.role == "user":
+        return {"type": "user_message", **user_input(row.content)}
+    text = [{"type": "output_text", "text": row.content, "annotations": []}]
+    return {"type": "assistant_message", "content": text}
+
+
+@pytest.mark.parametrize("thread", TOLD)
+def test_an_older_file_is_shown_as_before(old_file: Path, thread: int) -> None:
+    """Twice: the file is brought forward once."""
+    old = {number: row for number, row in enumerate(OLD_ROWS, 1) if row.conversation_id == thread}
+    old = {number: row for number, row in old.items() if row.role != "system"}
+    for _ in range(2):
+        with serving(database=str(old_file)) as client:
+            page = client.operate("items.list", thread_id=str(thread), order="asc", limit=100)
+            rows = client.messages(thread)
+            listed = [each["id"] for each in client.get("/api/conversations").json()]
+        assert page["data"] == [
+            {"id": str(number), "thread_id": str(thread), "created_at": old_time(number)} | shown_of(row)
+            for number, row in old.items()
+        ]
+        assert [(row["id"], row["status"], row["feedback"]) for row in rows] == [
+            (number, row.status.replace("streaming", "interrupted"), row.feedback)
+            for number, row in old.items()
+        ]
+        assert listed == [4, 3, 2, 1]
+
+
+def told(item: dict[str, Any]) -> str:
+    if item.get("type") == "function_call":
+        return f"> {item['call_id']} {item['name']} {item['arguments']}"
+    if item.get("type") == "function_call_output":
+        return f"< {item['call_id']} {item['output']}"
+    parts = item["content"] if isinstance(item["content"], list) else [{"text": item["content"]}]
+    return "|".join(part.get("text") or part["image_url"] for part in parts)
+
+
+@pytest.mark.parametrize("thread", TOLD)
+def test_the_model_is_shown_an_older_file_as_before(old_file: Path, thread: int) -> None:
+    agent = scripted(["Yes."])
+    with serving(agent, database=str(old_file)) as client:
+        client.patch(f"/api/conversations/{thread}", json={"status": "active"}).raise_for_status()
+        client.send_message("Go on", thread)
+    *shown, last = shown_to(agent)
+    assert told(last) == "Go on"
+    for item, wanted in zip(map(told, shown), TOLD[thread], strict=True):
+        for part in wanted.split("|"):
+            assert part.removeprefix("<? ") in item if part[:2] != "> " else part == item
+    signed = [item["call_id"] for item in shown if item.get("provider_data", {}).get("thought_signature")]
+    assert signed == (["a1"] if thread == 1 else [])
+
+
+async def test_an_older_file_keeps_its_search_tasks_files_ids_and_other_tables(old_file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(old_file)) as db:
+        db.executescript(
+            """CREATE TABLE notes (message_id INTEGER REFERENCES messages (id), text TEXT);
+               CREATE INDEX notes_by_text ON notes (text);
+               CREATE TRIGGER noted AFTER INSERT ON notes BEGIN UPDATE notes SET text = upper(text); END;
+               INSERT INTO notes VALUES (1, 'mine')"""
+        )
+    async with ck.Store(old_file) as store, ck.Store(":memory:") as new:
+        for (user_id, words), found in FOUND.items():
+            assert [row["id"] for row in await store.search_conversations(user_id, words)] == found, words
+        tasks = {task["title"]: task["done"] for task in await store.tasks("local")}
+        assert tasks == {"Milk": True, "Tea ☕": False}
+        assert (await store.conversation("local", 4) or {})["status_reason"] == "Under review"
+        assert await store.attachment_data("local", ["att_1"]) == {"att_1": OLD_FILES["att_1"][-1]}
+        assert not await store.delete_attachment("local", "att_1")  # sent
+        assert await store.delete_attachment("local", "att_4")  # not sent
+        assert await store.delete_conversation("local", 2)
+        assert await store.attachment_data("local", ["att_1"]) == {}
+        last = await store.execute("SELECT seq FROM sqlite_sequence ORDER BY name")
+        assert [row["seq"] for row in last] == [
+            5 + 3,
+            len(OLD_ROWS) + 3,
+            3 + 3,
+        ]  # conversations, messages, tasks
+        assert await store.execute("INSERT INTO notes VALUES (3, 'new') RETURNING text") == [{"text": "new"}]
+        assert [row["text"] for row in await store.execute("SELECT text FROM notes")] == ["MINE", "NEW"]
+        assert await store.execute("PRAGMA foreign_key_check") == []
+        names = "SELECT type, name FROM sqlite_schema WHERE tbl_name <> 'notes' ORDER BY type, name"
+        assert await store.execute(names) == await new.execute(names)
+
+
+async def test_a_file_that_cannot_be_brought_forward_stays_as_it_was(old_file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(old_file, isolation_level=None)) as db:
+        db.execute("""UPDATE messages SET tool_calls = '[{"id": "x"}]' WHERE role = 'tool'""")
+        before = list(db.iterdump())
+    with pytest.raises(ck.StoreError, match="Cannot use"):
+        await ck.Store(old_file).open()
+    with contextlib.closing(sqlite3.connect(old_file)) as db:
+        assert (list(db.iterdump()), db.execute("PRAGMA user_version").fetchone()) == (before, (2,))
+    assert not old_file.with_name("old.db-server").exists()
+
+
+# ================================================================================================= Demo model
+
+THREE = "buy milk, call mom, water plants"
+
+
+@pytest.mark.parametrize(
+    ("message", "tasks", "answer"),
+    [  # what is on the list of THREE afterwards (! is done), and what is said
+        ("add buy tea to my list", THREE + ", buy tea", "Added “buy tea” to your list"),
+        ("Please add “tea” to the to-do list!", THREE + ", tea", "It is task 4"),
+        ("remind me to call Dr. Smith", THREE + ", call Dr. Smith", "Added"),
+        ("add tea, eggs and bread", THREE + ", tea, eggs, bread", "It is task 6"),
+        ("create a task to nap", THREE + ", nap", "Added “nap”"),
+        ("show my tasks", THREE, "- **2** call mom"),
+        ("What's on my list?", THREE, "- **3** water plants"),
+        ("complete buy milk", "buy milk!, call mom, water plants", "Marked “buy milk” as done"),
+        ("complete the second one", "buy milk, call mom!, water plants", "Marked “call mom” as done"),
+        ("mark task 3 as done", "buy milk, call mom, water plants!", "Marked “water plants” as done"),
+        ("the washing is done", THREE, "no single task"),
+        ("water is done", "buy milk, call mom, water plants!", "Marked"),
+        ("rename 1 to buy oat milk", "buy oat milk, call mom, water plants", "Task 1 is now “buy oat milk”"),
+        ("delete buy milk from my list", "call mom, water plants", "Removed “buy milk” from your list"),
+        ("Could you delete the last one, please?", "buy milk, call mom", "Removed “water plants”"),
+        ("delete all tasks", "", "Removed “call mom”"),
+        ("delete 77", THREE, "There is no task 77"),
+        ("complete the washing", THREE, "no single task that fits “the washing”"),
+        (
+            "add tea, then complete 1, delete the last one; show my list",
+            "buy milk!" + THREE[8:],
+            "milk (done)",
+        ),
+        ('call add_task {"title": "show my tasks"}', THREE + ", show my tasks", "Added"),
+        ("what is the meaning of life?", THREE, "demo model"),
+    ],
+)
+def test_the_demo_model_keeps_a_list_in_ordinary_sentences(message: str, tasks: str, answer: str) -> None:
+    with serving() as client:
+        client.send_message(f"add {THREE}")
+        events = client.send_message(message, thread_id=1)
+        assert answer in said(events) and events[-1]["status"] == "completed"
+        listed = client.get("/api/tasks").json()
+        assert ", ".join(task["title"] + "!" * task["done"] for task in listed) == tasks
+
+
+@function_tool
+async def sketch() -> list[Any]:
+    """A text and a picture."""
+    return [ToolOutputText(text="a dot"), ToolOutputImage(image_url="data:image/png;base64,AAAA")]
+
+
+@function_tool
+async def silence() -> None:
+    """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("message", "calls", "answer"),
+    [
+        ("hello", [], "set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL"),
+        ("hello", [], "“call echo”"),
+        ("call nothing", [], "“call sketch”"),
+        ('call echo {"text": "hi"}', [{"text": "hi"}], '{"echo": "hi"}'),
+        ('Call echo {"text": "call me"} and call sketch', [{"text": "call me"}, {}], "a dot (image)"),
+        ("call sketch then call silence", [{}, {}], "silence"),
+        ("call echo {text: hi}", [{}], "The tool `echo` answered"),
+        ("call transfer_to_billing", [{}], "Billing has taken over"),
+        ('call transfer_to_billing, then call refund {"text": "5"}', [{}, {"text": "5"}], "refunded 5"),
+    ],
+)
+def test_the_demo_model_calls_what_is_named_of_any_agent(message: str, calls: list[Any], answer: str) -> None:
+    @function_tool
+    async def refund(text: str) -> str:
+        """Give money back."""
+        return f"refunded {text}"
+
+    billing = Agent[Any](name="Billing", tools=[refund])
+    with serving(Agent(name="Desk", tools=[echo, sketch, silence], handoffs=[billing])) as client:
+        assert client.get("/health").json()["model"] == "demo"
+        events = client.send_message(message)
+        assert [event["args"] for event in events if event["type"] == "tool_call"] == calls
+        assert answer in said(events) and events[-1]["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("tool", "message", "args"),
+    [("echo", "hi", {"text": "hi"}), ("echo", 'call echo {"text": "x"}', {"text": "x"}), ("sketch", "x", {})],
+)
+def test_the_demo_model_calls_the_tool_that_it_is_forced_to(tool: str, message: str, args: Any) -> None:
+    with serving(Agent(name="Desk", tools=[echo, sketch])) as client:
+        events = client.send_message(message, tool_choice=tool)
+        made = [(event["name"], event["args"]) for event in events if event["type"] == "tool_call"]
+        assert made == [(tool, args)] and f"The tool `{tool}` answered" in said(events)
+
+
+def test_the_demo_model_streams_words_and_counts_them() -> None:
+    with serving() as client:
+        events = client.send_message("hello")
+        words = [event["content"] for event in events if event["type"] == "text"]
+        assert len(words) == len("".join(words).split()) == events[-1]["usage"]["output_tokens"] > 20
+
+
+@pytest.mark.parametrize("message", ["\n" * 32_000, "!" * 31_999 + "x", "and " * 8000, "to my x " * 3900])
+def test_the_demo_model_is_not_held_up_by_odd_texts(message: str) -> None:
+    started = time.monotonic()
+    ck.understand(message)
+    assert time.monotonic() - started < 2
+
+
+# ======================================================================================= Providers to talk to
+# A server on loopback that speaks as OpenAI (both APIs) and Gemini do, says what a test wants, and remembers
+# what it was asked. So what is tested is all between two real sockets: dialects, app, SDK, provider's client.
+#
+# The steps of an answer are a Script's (dicts for the Responses API only), End and Status; a float is a pause
+# in seconds, bytes are sent as they are, a ConnectionResetError breaks the connection.
+
+
+class Status(int):
+    """The whole of an answer: an HTTP error, which quotes the request's headers as some proxies do."""
+
+
+CHAT_DELTAS = {str: "content", Think: "reasoning_content", Refuse: "refusal"}
 
 
 def chat_completion(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
-    """Steps as `chat.completion.chunk`s; what is not of the protocol comes through as it is."""
+    """Steps as `chat.completion.chunk`s."""
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+    calls, reason = itertools.count(), "stop"
 
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
-        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
-        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
-        return {**head, "choices": choices, **fields}
+    def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
-    calls, reason = 0, "stop"
-    yield chunk({"role": "assistant", "content": ""})
     for step in steps:
-        if isinstance(step, str):
-            yield chunk({"content": step})
-        elif isinstance(step, Refuse):
-            yield chunk({"refusal": step.text})
-        elif isinstance(step, Think):
-            yield chunk({"reasoning_content": step.text})
+        if type(step) in CHAT_DELTAS:
+            yield chunk({CHAT_DELTAS[type(step)]: step})
         elif isinstance(step, Call):
-            start = {"index": calls, "id": step.call_id or f"call_{calls}", "type": "function"}
+            index, reason = next(calls), "tool_calls"
+            start = {"index": index, "id": step.call_id or f"call_{index}", "type": "function"}
             yield chunk({"tool_calls": [{**start, "function": {"name": step.name, "arguments": ""}}]})
             for piece in pieces(step.arguments):
-                yield chunk({"tool_calls": [{"index": calls, "function": {"arguments": piece}}]})
-            calls, reason = calls + 1, "tool_calls"
+                yield chunk({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
         elif isinstance(step, End):
-            reason = step.reason
+            reason = step
         else:
             yield step
     yield chunk({}, reason)
     if body.get("stream_options", {}).get("include_usage"):
         usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
-        yield chunk({}, choices=[], usage=usage)
-    yield Raw(b"data: [DONE]\n\n")
-
-
-def responses_api(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
-    """Steps as the events of OpenAI's Responses API."""
-    output: list[dict[str, Any]] = []
-    response = {"id": "resp_1", "object": "response", "created_at": 1, "model": body["model"], "output": output}
-    response |= {"status": "in_progress", "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-    number = 0
-
-    def event(kind: str, **fields: Any) -> dict[str, Any]:
-        nonlocal number
-        number += 1
-        return {"type": f"response.{kind}", "sequence_number": number, **fields}
-
-    def item(kind: str, deltas: list[Any], entry: dict[str, Any]) -> Iterator[Any]:
-        """An output item from its beginning to its end; `deltas` may have other steps among them."""
-        where = {"item_id": entry["id"], "output_index": len(output)}
-        text = "".join(delta for delta in deltas if isinstance(delta, str))
-        part: dict[str, Any] = {}
-        if kind == "output_text":
-            part, where["content_index"] = {"type": kind, "text": text, "annotations": [], "logprobs": []}, 0
-        elif kind == "refusal":
-            part, where["content_index"] = {"type": kind, "refusal": text}, 0
-        elif kind == "reasoning_summary_text":
-            part, where["summary_index"] = {"type": "summary_text", "text": text}, 0
-        empty = {**part, "text" if "text" in part else "refusal": ""}
-        part_event = "reasoning_summary_part" if "summary_index" in where else "content_part"
-        start = {**entry, "status": "in_progress", **({"arguments": ""} if "arguments" in entry else {})}
-        yield event("output_item.added", item=start, output_index=len(output))
-        if part:
-            yield event(f"{part_event}.added", part=empty, **where)
-        for delta in deltas:
-            logprobs: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
-            yield event(f"{kind}.delta", delta=delta, **where, **logprobs) if isinstance(delta, str) else delta
-        extra = {"arguments": text} if "arguments" in entry else {"refusal" if kind == "refusal" else "text": text}
-        yield event(f"{kind}.done", **where, **extra)
-        if part:
-            yield event(f"{part_event}.done", part=part, **where)
-            entry = {**entry, "summary" if "summary_index" in where else "content": [part]}
-        output.append({**entry, "status": "completed"})
-        yield event("output_item.done", item=output[-1], output_index=len(output) - 1)
-
-    yield event("created", response=response)
-    yield event("in_progress", response=response)
-    items: list[list[Any]] = []  # the steps of each
-    for step in steps:
-        begins = isinstance(step, (str, Think, Call, End))
-        if items and (not begins or type(step) is type(items[-1][0]) is not Call):
-            items[-1].append(step)
-        else:
-            items.append([step])
-    kinds_of_text = {str: "output_text", Refuse: "refusal", Think: "reasoning_summary_text"}
-    end = "completed"
-    for first, *rest in items:
-        if isinstance(first, Call):
-            entry: dict[str, Any] = {"type": "function_call", "id": f"fc_{len(output)}", "name": first.name}
-            entry |= {"arguments": first.arguments, "call_id": first.call_id or f"call_{len(output)}"}
-            yield from item("function_call_arguments", pieces(first.arguments), entry)
-            yield from rest
-        elif isinstance(first, End):
-            end = first.reason
-        elif type(first) in kinds_of_text:
-            entry = {"type": "message", "id": f"msg_{len(output)}", "role": "assistant", "content": []}
-            if type(first) is Think:
-                entry = {"type": "reasoning", "id": f"rs_{len(output)}", "summary": []}
-            deltas = [step.text if isinstance(step, Think) else step for step in (first, *rest)]
-            yield from item(kinds_of_text[type(first)], deltas, entry)
-        else:
-            yield from (first, *rest)
-    details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
-    usage = {**USAGE, "total_tokens": 12, **details}
-    error = {"code": "server_error", "message": f"{KEY} broke"} if end == "failed" else None
-    yield event(end, response={**response, "status": end, "usage": usage, "error": error})
+        yield {**head, "choices": [], "usage": usage}
+    yield b"data: [DONE]\n\n"
 
 
 def gemini(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
     """Steps as what `streamGenerateContent?alt=sse` sends."""
 
-    def chunk(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        candidate = {"content": {"parts": list(parts), "role": "model"}, "index": 0, **fields}
-        usage = {"promptTokenCount": 7, "candidatesTokenCount": 5, "totalTokenCount": 12}
-        head = {"modelVersion": "gemini-2.5-flash", "responseId": "r1"}
-        return {"candidates": [candidate], **head, **({"usageMetadata": usage} if fields else {})}
+    def chunk(part: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        return {"candidates": [{"content": {"parts": [part], "role": "model"}, "index": 0, **fields}]}
 
     reason = "STOP"
     for step in steps:
-        if isinstance(step, str):
-            yield chunk({"text": step})
-        elif isinstance(step, Refuse):
+        if isinstance(step, Refuse):
             reason = "SAFETY"
-        elif isinstance(step, Think):
-            yield chunk({"text": step.text, "thought": True})
+        elif isinstance(step, End):
+            reason = step
+        elif isinstance(step, str):
+            yield chunk({"text": step, "thought": isinstance(step, Think)})
         elif isinstance(step, Call):  # whole; its call_id, which Gemini has not, is the signature here
             call = {"functionCall": {"name": step.name, "args": json.loads(step.arguments)}}
             yield chunk({**call, "thoughtSignature": step.call_id} if step.call_id else call)
-        elif isinstance(step, End):
-            reason = step.reason
         else:
             yield step
-    yield chunk({"text": ""}, finishReason=reason)
+    usage = {"promptTokenCount": 7, "candidatesTokenCount": 5, "totalTokenCount": 12}
+    yield {**chunk({"text": ""}, finishReason=reason), "usageMetadata": usage}
 
 
 class Provider(ThreadingHTTPServer):
-    """Gives its answers one after the other, the last for ever. `requests` is what came: path, headers, JSON body."""
+    """Gives its answers one after the other, the last for ever; `requests` is what came: path and body.
 
-    daemon_threads = True
+    An answer is a list of steps, or a function that makes one of the request's body.
+    """
 
-    def __init__(self, *answers: list[Any]) -> None:
+    daemon_threads, request_queue_size = True, 100
+
+    def __init__(self, *answers: Any) -> None:
         super().__init__(("127.0.0.1", 0), ProviderHandler)
-        self.answers = list(answers)
-        self.requests: list[dict[str, Any]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def __enter__(self) -> Provider:
+        self.says(*answers)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
 
-    def says(self, *answers: list[Any]) -> None:
+    def says(self, *answers: Any) -> None:
         """From now on."""
-        self.answers, self.requests = list(answers), []
+        self.answers, self.requests = answers, list[dict[str, Any]]()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is what some tests are about."""
 
 
 class ProviderHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Provider
 
@@ -1368,61 +1324,46 @@ class ProviderHandler(BaseHTTPRequestHandler):
         """Not a word."""
 
     def do_POST(self) -> None:
-        provider = self.server
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        provider, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
         path = self.path.removeprefix("http://api.openai.com")
-        provider.requests.append({"path": path, "headers": dict(self.headers), "body": body})
-        steps = provider.answers[min(len(provider.requests), len(provider.answers)) - 1]
-        if isinstance(steps[0], Status):
-            return self.refuse(steps[0])
-        if isinstance(steps[0], Reset):
-            return self.reset()
-        while isinstance(steps[0], Wait):
-            if not self.wait(steps[0]):
-                return None
+        provider.requests.append({"path": path, "body": body})
+        answer = provider.answers[min(len(provider.requests), len(provider.answers)) - 1]
+        steps = answer(body) if callable(answer) else answer
+        while isinstance(steps[0], (Wait, ConnectionResetError)):
+            self.do(steps[0])
             steps = steps[1:]
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("transfer-encoding", "chunked")
-        self.end_headers()
         speak = chat_completion if path == "/v1/chat/completions" else responses_api
         speak = gemini if path.endswith(":streamGenerateContent?alt=sse") else speak
-        for step in speak(steps, body):
-            if isinstance(step, Reset):
-                return self.reset()
-            if isinstance(step, Wait):
-                if not self.wait(step):
-                    return None
-                continue
-            name = f"event: {step['type']}\n" if speak is responses_api and isinstance(step, dict) else ""
-            data = step.data if isinstance(step, Raw) else f"{name}data: {json.dumps(step)}\n\n".encode()
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-        self.wfile.write(b"0\r\n\r\n")
-        return None
-
-    def refuse(self, status: Status) -> None:
-        echo = json.dumps({"error": {"code": status.code, "message": f"No. You sent:\n{self.headers}", "status": "X"}})
-        self.send_response(status.code)
-        for name, value in {"content-type": "application/json", **status.headers}.items():
-            self.send_header(name, value)
-        self.send_header("content-length", str(len(echo)))
+        code, told = 200, speak(steps, body)
+        if isinstance(steps[0], Status):
+            error = {"code": steps[0], "message": f"No. You sent:\n{self.headers}", "status": "X"}
+            code, told = steps[0], iter([json.dumps({"error": error}).encode()])
+        self.send_response(code)
+        self.send_header("content-type", "text/event-stream" if code == 200 else "application/json")
+        self.send_header("retry-after-ms", "1")
         self.end_headers()
-        self.wfile.write(echo.encode())
+        for step in told:
+            self.do(step)
 
-    def reset(self) -> None:
-        self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        os.close(self.connection.detach())
-
-    def wait(self, step: Wait) -> bool:
-        """Whether the client is still there when the gate opens."""
-        step.reached.set()
-        while not step.gate.is_set():
-            if select.select([self.connection], [], [], 0.005)[0]:
-                step.left.set()
-                self.close_connection = True
-                return False
-        return True
+    def do(self, step: Any) -> None:
+        """Raises ConnectionResetError where nobody is connected any more."""
+        if isinstance(step, Wait):
+            step.reached.set()
+            while not step.gate.is_set():
+                if select.select([self.connection], [], [], 0.005)[0]:
+                    step.left.set()
+                    raise ConnectionResetError
+        elif isinstance(step, float):
+            time.sleep(step)
+        elif isinstance(step, ConnectionResetError):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+            raise step
+        else:
+            data = step if isinstance(step, bytes) else f"data: {json.dumps(step)}\n\n".encode()
+            if isinstance(step, dict) and "type" in step:
+                data = f"event: {step['type']}\n".encode() + data
+            self.wfile.write(data)
 
 
 PROTOCOLS = ("chat", "responses", "gemini")
@@ -1443,9 +1384,13 @@ def pointing_at(provider: Provider, protocol: str) -> tuple[dict[str, str], dict
     return {**settings, "openai_base_url": "http://api.openai.com/v1"}, proxy
 
 
+def env_of(settings: dict[str, str]) -> dict[str, str]:
+    return {ck.Settings.env_name(name): value for name, value in settings.items()}
+
+
 @contextlib.contextmanager
 def talking_to(
-    protocol: str, *answers: list[Any], agent: Agent[Any] | None = None, **settings: Any
+    protocol: str, *answers: Any, agent: Agent[Any] | None = None, **settings: Any
 ) -> Iterator[tuple[Client, Provider]]:
     """The app, of which a client comes back, with a provider behind it."""
     with Provider(*answers) as provider, pytest.MonkeyPatch.context() as patch:
@@ -1458,64 +1403,58 @@ def talking_to(
             yield client, provider
 
 
-@function_tool
-async def raising() -> str:
-    """Fails."""
-    raise RuntimeError(f"with {KEY} in its text")
-
-
-@function_tool
-async def hanging() -> str:
-    """Never comes back."""
-    await asyncio.Event().wait()
-    return ""
+Line = tuple[str, Client, Provider]
 
 
 @pytest.fixture(scope="module", params=PROTOCOLS)
-def line(request: pytest.FixtureRequest) -> Iterator[tuple[str, Client, Provider]]:
-    """One app and one provider for all tests of a protocol: starting them takes longer than what most tests do."""
+def line(request: pytest.FixtureRequest) -> Iterator[Line]:
+    """One app and one provider for all tests of a protocol: to start them takes longer than most tests."""
+
+    @function_tool
+    async def raising() -> str:
+        raise RuntimeError(f"with {KEY} in its text")
+
     agent = ck.todo_agent()
     agent.tools += [raising]
     with talking_to(request.param, [], agent=agent) as (client, provider):
         yield request.param, client, provider
 
 
-Shown = list[tuple[str, ...]]
+def provider_was_shown(request: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the model was shown in any protocol: ("user", text), ("call", id), ("output", id) and so on.
 
-
-def provider_was_shown(request: dict[str, Any]) -> Shown:
-    """What the model was shown, in any of the protocols: ("user", text), ("call", id, name), ("output", id) and so on.
-
-    Where Gemini has no id, the signature stands in a call, and nothing in an output.
+    Gemini has no ids: a call has its signature instead, and an output nothing.
     """
-    body = request["body"]
-    items: Shown = []
-    for entry in body.get("input") or body.get("messages") or body.get("contents"):
-        role = entry.get("role", "")
-        if entry.get("type") == "function_call":
-            items.append(("call", entry["call_id"], entry["name"]))
-        elif entry.get("type") == "function_call_output":
-            items.append(("output", entry["call_id"]))
-        elif role == "tool":
-            items.append(("output", entry["tool_call_id"]))
-        elif entry.get("tool_calls"):
-            items += [("call", call["id"], call["function"]["name"]) for call in entry["tool_calls"]]
-        elif role not in ("system", "developer"):
-            content: Any = entry.get("parts") or entry["content"]
-            parts: list[Any] = [{"text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if "function_call" in part:
-                    items.append(("call", part.get("thoughtSignature", ""), part["function_call"]["name"]))
-                elif "function_response" in part:
-                    items.append(("output", ""))
-                else:
-                    items.append(({"model": "assistant"}.get(role, role), part["text"]))
-    return items
+    body, shown = request["body"], list[tuple[str, str]]()
+    for entry in body.get("input") or body.get("messages") or body["contents"]:
+        inner = [entry.get(name) for name in ("content", "parts", "tool_calls")]
+        for part in [entry, *(part for parts in inner if isinstance(parts, list) for part in parts)]:
+            match {**part, "role": entry.get("role")}:
+                case {"role": "system" | "developer"}:
+                    pass
+                case {"type": "function_call", "call_id": id_} | {"type": "function", "id": id_}:
+                    shown.append(("call", id_))
+                case {"type": "function_call_output", "call_id": id_} | {"tool_call_id": id_}:
+                    shown.append(("output", id_))
+                case {"function_call": _}:
+                    shown.append(("call", part.get("thoughtSignature", "")))
+                case {"function_response": _}:
+                    shown.append(("output", ""))
+                case {"role": role, "content": str(text)} | {"role": role, "text": text}:
+                    shown.append(("assistant" if role == "model" else role, text))
+    return shown
 
 
 # ---- what each of them says arrives, and what each is told is right
 
-Line = tuple[str, Client, Provider]
+
+def test_the_provider_speaks_the_responses_api_as_its_types_say() -> None:
+    computer = {"type": "computer_call", "call_id": "c", "pending_safety_checks": []}
+    cited = {"type": "file_citation", "file_id": "file-1", "filename": "rain.md", "index": 2}
+    drawn = {**DRAWN, "partial_image_b64": PIXEL}
+    steps = [Think("Hm."), SEARCHED, FILES, CODE, MCP_CALL, SHELL, computer, drawn, "It rains.", cited]
+    for event in responses_api([*steps, Refuse("No."), Call("echo")], {"model": "m"}):
+        API_EVENTS[event["type"]].model_validate(event)
 
 
 def test_a_providers_deltas_arrive_as_they_come(line: Line) -> None:
@@ -1529,64 +1468,50 @@ def test_a_providers_deltas_arrive_as_they_come(line: Line) -> None:
             if event["type"] == "text" and not pause.gate.is_set():
                 assert event["content"] == "Hel" and pause.reached.wait(DEADLINE)
                 pause.gate.set()
-    assert kinds(events) == ["thread", "thinking", "text", "done"]
-    assert [event["content"] for event in events if event["type"] == "text"] == ["Hel", "lo", "."]
-    assert [event["content"] for event in events if event["type"] == "thinking"] == ["", "Hm", "m."]
+    shown = kinds([event for event in events if event["type"] != "item"])  # which a thought is
+    assert shown == ["thread", "thinking", "text", "done"]
+    assert [event["content"] for event in of_type(events, "text")] == ["Hel", "lo", "."]
+    assert [event["content"] for event in of_type(events, "thinking")] == ["", "Hm", "m."]
     assert events[-1]["status"] == "completed" and events[-1]["usage"] == USAGE
 
 
 def test_a_providers_tool_calls_run_and_go_back_to_it_as_they_were(line: Line) -> None:
     protocol, client, provider = line
     ids = ["call_" + "c2lnbmVk" * 250, "call_2"]
-    calls = [Call("add_task", {"title": title}, each) for title, each in zip(("milk", "eggs"), ids, strict=True)]
+    calls = [Call("add_task", {"title": "milk"}, ids[0]), Call("add_task", {"title": "eggs"}, ids[1])]
     provider.says(calls, ["Both ", "are in."], ["Yes."])
     events = client.send_message("add milk and eggs")
     client.send_message("sure?", events[0]["thread_id"])
-    made, given = ([event for event in events if event["type"] == kind] for kind in ("tool_call", "tool_result"))
-    assert [event["args"]["title"] for event in made] == [event["result"]["title"] for event in given]
+    made, given = of_type(events, "tool_call"), of_type(events, "tool_result")
     assert [event["args"] for event in made] == [{"title": "milk"}, {"title": "eggs"}]
+    assert [event["result"]["title"] for event in given] == ["milk", "eggs"]
     assert [event["id"] for event in made] == [event["id"] for event in given]
-    assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
     assert said(events) == "Both are in."
     assert events[-1]["usage"] == {name: 2 * count for name, count in USAGE.items()}
     _, within, after = map(provider_was_shown, provider.requests)
-    answered: Shown = [*(("call", each, "add_task") for each in ids), *(("output", each) for each in ids)]
+    answered = [("call", ids[0]), ("call", ids[1]), ("output", ids[0]), ("output", ids[1])]
     earlier = answered
-    if protocol == "gemini":  # the SDK puts each output behind its call, and sends signatures within the turn only
-        answered = [answered[0], ("output", ""), answered[1], ("output", "")]
-        earlier = [("call", "", "add_task"), ("output", "")] * 2
-    assert within == [("user", "add milk and eggs"), *answered]
-    assert after == [("user", "add milk and eggs"), *earlier, ("assistant", "Both are in."), ("user", "sure?")]
+    if protocol == "gemini":  # outputs stand behind their calls, and signatures are sent within the turn only
+        answered = [("call", ids[0]), ("output", ""), ("call", ids[1]), ("output", "")]
+        earlier = [("call", ""), ("output", "")] * 2
+    asked = ("user", "add milk and eggs")
+    assert within == [asked, *answered]
+    assert after == [asked, *earlier, ("assistant", "Both are in."), ("user", "sure?")]
 
 
-def test_each_message_has_an_id_of_its_own_whatever_the_provider_calls_it(line: Line) -> None:
+def test_each_item_has_an_id_of_its_own_whatever_the_provider_calls_it(line: Line) -> None:
     _, client, provider = line
-    provider.says([Think("Hm."), "First. ", "And so on."])
-    done = client.send_message("hi")[-1]
-    ids = [done["message_id"]]
-    ids += [client.send_message("on", done["thread_id"])[-1]["message_id"] for _ in range(4)]
-    assert len(set(ids)) == 5
-    thread = None
-    for _ in range(5):
-        if thread is None:
-            events = client.operate("threads.create", input=user_input("hi"))
-            thread = events[0]["thread"]["id"]
-        else:
-            events = client.operate("threads.add_user_message", input=user_input("hi"), thread_id=thread)
-        ids += [int(event["item"]["id"]) for event in events if event["type"] == "thread.item.done"]
-    assert len(set(ids)) == len(ids) == 5 + 5 * 3  # a user's message, a thought and an answer each
-
-
-def test_a_providers_reasoning_is_a_workflow_in_chatkit(line: Line) -> None:
-    _, client, provider = line
-    provider.says([Think("Hm"), Think("m."), "Yes."])
-    events = client.operate("threads.create", input=user_input("hi"))
-    items = [event["item"] for event in events if event["type"] == "thread.item.done"]
-    assert [item["type"] for item in items] == ["user_message", "workflow", "assistant_message"]
-    assert [task["content"] for task in items[1]["workflow"]["tasks"]] == ["Hmm."]
-
-
-# ---- stopping
+    provider.says([Think("Hm"), Think("m."), "First. ", "And so on."])
+    done = [client.send_message("hi")[-1] for _ in range(3)]
+    ids = [event["message_id"] for event in done]
+    for each in done:
+        thread = str(each["thread_id"])
+        events = client.operate("threads.add_user_message", input=user_input("hi"), thread_id=thread)
+        items = [event["item"] for event in of_type(events, "thread.item.done")]
+        assert [item["type"] for item in items] == ["user_message", "workflow", "assistant_message"]
+        assert [task["content"] for task in items[1]["workflow"]["tasks"]] == ["Hmm."]
+        ids += [int(item["id"]) for item in items]
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before it speaks", "while it speaks"])
@@ -1605,1986 +1530,1805 @@ def test_stopping_closes_the_providers_connection(line: Line, way: str, early: b
             assert client.post(f"/api/conversations/{thread}/cancel").json() == {"status": "cancelled"}
     assert pause.left.wait(1)
     until(lambda: client.post(f"/api/conversations/{thread}/cancel").status_code == 409)
-    texts = [(row["content"], row["status"]) for row in client.messages(thread) if row["role"] == "assistant"]
-    assert texts == ([] if early else [("Half", "cancelled")])
+    kept = [(row["content"], row["status"]) for row in client.messages(thread)[1:] if row["role"] != "system"]
+    assert kept == ([] if early else [("Half", "cancelled")])
     assert said(client.send_message("go on", thread)) == "Well."
     told = json.dumps(provider.requests[1]["body"])
     assert ("Half" in told) != early
-    assert told.rindex("hi" if early else "Half") < told.index(ck.STOPPED) < told.index("go on")
+    assert told.rindex("hi" if early else "Half") < told.index("stopped") < told.index("go on")
 
 
 # ---- failing
 
-OOPS = Raw(b"data: {oops\n\n")
-SOON = {"retry_after_ms": "1"}
-KEY_REJECTED, REFUSED, REFUSAL = ("key_rejected", False), ("refused", False), ("refusal", False)
-RATE_LIMITED, UNREACHABLE = ("rate_limited", True), ("unreachable", True)
-BAD_ANSWER, EMPTY, NOT_FOUND = ("bad_answer", True), ("empty", True), ("model_not_found", False)
-
-# What the provider does; the error's code and whether to try again is worth it; what was said until then. What Gemini
-# does differently, because of LiteLLM, stands in the next table.
-FAILURES: dict[str, tuple[list[Any], tuple[str, bool], str]] = {
-    "401": ([Status(401)], KEY_REJECTED, ""),
-    "402": ([Status(402)], RATE_LIMITED, ""),
-    "403": ([Status(403)], KEY_REJECTED, ""),
-    "404": ([Status(404)], NOT_FOUND, ""),
-    "400": ([Status(400)], REFUSED, ""),
-    "413": ([Status(413)], REFUSED, ""),
-    "429": ([Status(429, **SOON)], RATE_LIMITED, ""),
-    "429, and a long wait": ([Status(429, retry_after="30")], RATE_LIMITED, ""),
-    "500": ([Status(500, **SOON)], UNREACHABLE, ""),
-    "503": ([Status(503, **SOON)], UNREACHABLE, ""),
-    "503, and a long wait": ([Status(503, retry_after="Wed, 21 Oct 2065 07:28:00 GMT")], UNREACHABLE, ""),
-    "reset": ([Reset()], UNREACHABLE, ""),
-    "reset in the middle": (["Half ", Reset()], UNREACHABLE, "Half "),
-    "not JSON": ([OOPS], BAD_ANSWER, ""),
-    "not JSON in the middle": ([*"a long half", OOPS], BAD_ANSWER, "a long half"),
-    "no content": ([""], EMPTY, ""),
-    "no room for content": ([End("length")], BAD_ANSWER, ""),
-    "refusal": ([Refuse("I can't "), Refuse("do that.")], REFUSAL, "I can't do that."),
-    "refusal in the middle": (["Well, ", Refuse("no.")], REFUSAL, "Well, no."),
-    "a call id twice": ([Call("add_task", {"title": each}, "same") for each in "ab"], BAD_ANSWER, ""),
+OOPS, BREAK = b"data: {oops\n\n", ConnectionResetError()
+WORTH_A_RETRY = ("rate_limited", "unreachable", "bad_answer", "empty")
+STATUSES = {401: "key_rejected", 402: "rate_limited", 429: "rate_limited", 400: "refused", 413: "refused"}
+STATUSES |= {403: "key_rejected", 404: "model_not_found", 500: "unreachable", 503: "unreachable"}
+Failure = tuple[list[Any], str, str]  # what the provider does; the error's code; what was said until then
+FAILURES: dict[str, Failure] = {
+    **{str(status): ([Status(status)], code, "") for status, code in STATUSES.items()},
+    "reset": ([BREAK], "unreachable", ""),
+    "reset in the middle": (["Half ", BREAK], "unreachable", "Half "),
+    "not JSON": ([OOPS], "bad_answer", ""),
+    "not JSON in the middle": ([*"a long half", OOPS], "bad_answer", "a long half"),
+    "no content": ([""], "empty", ""),
+    "no room for content": ([End("length")], "bad_answer", ""),
+    "refusal": ([Refuse("I can't "), Refuse("do that.")], "refusal", "I can't do that."),
+    "refusal in the middle": (["Well, ", Refuse("no.")], "refusal", "Well, no."),
+    "a call id twice": ([Call("add_task", {"title": each}, "same") for each in "ab"], "bad_answer", ""),
 }
-FAILURES_OF_GEMINI: dict[str, tuple[list[Any], tuple[str, bool], str] | None] = {
-    "not JSON": ([OOPS], UNREACHABLE, ""),
-    "not JSON in the middle": ([*"a long half", OOPS], UNREACHABLE, "a long half"),
-    "no room for content": ([End("MAX_TOKENS")], EMPTY, ""),
-    "refusal": ([Refuse("")], REFUSAL, "Response withheld by the provider's content filter."),
-    **dict.fromkeys(["refusal in the middle", "a call id twice"]),
+FAILURES_OF_GEMINI: dict[str, Failure | None] = {  # where it, or LiteLLM, is otherwise
+    "not JSON": ([OOPS], "unreachable", ""),
+    "not JSON in the middle": ([*"a long half", OOPS], "unreachable", "a long half"),
+    "no room for content": ([End("MAX_TOKENS")], "empty", ""),
+    "refusal": ([Refuse("")], "refusal", "Response withheld by the provider's content filter."),
+    "refusal in the middle": None,
+    "a call id twice": None,
 }
 SAFE_TEXTS = re.compile(r"The (model|answer|connection)[A-Za-z' ,:.]+")
 
 
-@pytest.mark.parametrize(
-    ("failure", "dialect"),
-    [*((failure, "plain") for failure in FAILURES), *((failure, "chatkit") for failure in ("401", "503", "refusal"))],
-)
-def test_a_provider_that_fails_is_explained_and_the_next_message_works(line: Line, failure: str, dialect: str) -> None:
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_provider_that_fails_is_explained_and_the_next_message_works(line: Line, failure: str) -> None:
     protocol, client, provider = line
-    case = FAILURES_OF_GEMINI.get(failure, FAILURES[failure]) if protocol == "gemini" else FAILURES[failure]
+    case = {**FAILURES, **(FAILURES_OF_GEMINI if protocol == "gemini" else {})}[failure]
     if case is None:
         pytest.skip("Gemini has no such thing")
-    steps, (code, allow_retry), kept = case
+    steps, code, kept = case
     provider.says(steps)
-    if dialect == "plain":
-        events = client.send_message("hi")
-        thread, error = events[0]["thread_id"], events[-2]
-        assert error["code"] == code and events[-1]["status"] == "failed" and said(events) == kept
-    else:
-        events = client.operate("threads.create", input=user_input("hi"))
-        thread, error = int(events[0]["thread"]["id"]), events[-1]
-        assert error["code"] == "custom"
-    assert error["type"] == "error" and error["allow_retry"] == allow_retry
-    assert SAFE_TEXTS.fullmatch(error["message"])
+    events = client.send_message("hi")
+    others = client.operate("threads.create", input=user_input("hi"))
+    thread, error = events[0]["thread_id"], events[-2]
+    assert (error["code"], events[-1]["status"], said(events)) == (code, "failed", kept)
+    for each, expected in ((error, code), (others[-1], "custom")):
+        assert (each["type"], each["code"], each["allow_retry"]) == ("error", expected, code in WORTH_A_RETRY)
+        assert SAFE_TEXTS.fullmatch(each["message"])
     rows = client.messages(thread)
     assert "".join(row["content"] for row in rows if row["role"] == "assistant") == kept
     assert not [row for row in rows if row["status"] == "streaming"]
-    assert KEY not in json.dumps([events, rows])
+    assert KEY not in json.dumps([events, others, rows])
     provider.says(["Next."])
     assert said(client.send_message("again", thread)) == "Next."
     told = provider_was_shown(provider.requests[0])
     assert told[0] == ("user", "hi") and told[-1] == ("user", "again")
-    assert ("".join(item[1] for item in told if item[0] == "assistant")) == kept
+    assert "".join(text for role, text in told if role == "assistant") == kept
+
+
+MISFIT = {"error": "These arguments do not fit the parameters of add_task."}
 
 
 @pytest.mark.parametrize(
     ("call", "result"),
     [
         (Call("no_such_tool"), "Tool 'no_such_tool' not found."),
-        (Call("add_task", '{"title": "mi'), {"error": "These arguments do not fit the parameters of add_task."}),
-        (Call("add_task", {"titel": "milk"}), {"error": "These arguments do not fit the parameters of add_task."}),
+        (Call("add_task", '{"title": "mi'), MISFIT),
+        (Call("add_task", {"titel": "milk"}), MISFIT),
         (Call("raising"), {"error": "The tool raising failed."}),
     ],
     ids=["unknown", "arguments are not JSON", "arguments do not fit", "it raises"],
 )
-def test_a_tool_call_that_fails_is_told_to_the_model_which_goes_on(line: Line, call: Call, result: Any) -> None:
+def test_a_failing_tool_call_is_told_to_the_model_which_goes_on(line: Line, call: Call, result: Any) -> None:
     protocol, client, provider = line
     if protocol == "gemini" and not call.arguments.endswith("}"):
         pytest.skip("Gemini sends arguments as an object")
     provider.says([call], ["Sorry."])
     events = client.send_message("hi")
-    assert [event["result"] for event in events if event["type"] == "tool_result"] == [result]
+    assert [event["result"] for event in of_type(events, "tool_result")] == [result]
     assert said(events) == "Sorry." and events[-1]["status"] == "completed" and KEY not in json.dumps(events)
     assert [item[0] for item in provider_was_shown(provider.requests[1])] == ["user", "call", "output"]
     provider.says(["Next."])
     assert said(client.send_message("again", events[0]["thread_id"])) == "Next."
 
 
-@pytest.mark.parametrize(
-    ("protocol", "answer", "kept"),
-    [
-        ("chat", [Wait()], ""),
-        *((protocol, ["Half ", Wait()], "Half ") for protocol in PROTOCOLS),
-        ("chat", ["I'll ask.", Call("hanging")], "I'll ask."),
-    ],
-    ids=["before it speaks", *PROTOCOLS, "a tool that hangs"],
-)
-def test_an_answer_that_stops_dead_times_out(protocol: str, answer: list[Any], kept: str) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_answer_that_stops_dead_times_out_and_a_provider_that_is_gone_is_unreachable(
+    protocol: str,
+) -> None:
+    @function_tool
+    async def hanging() -> None:
+        await asyncio.Event().wait()
+
+    dead: list[list[Any]] = [[Wait()], ["Half ", Wait()], ["I'll ask.", Call("hanging")]]
+
+    def answer(body: dict[str, Any]) -> list[Any]:
+        return next(steps for number, steps in enumerate(dead) if f"message {number}" in json.dumps(body))
+
     agent = Agent(name="Hanging", tools=[hanging])
-    with talking_to(protocol, answer, ["Next."], agent=agent, turn_timeout=0.7) as (client, _):
-        events = client.send_message("hi")
-        assert (events[-2]["code"], events[-2]["allow_retry"], said(events)) == ("timeout", True, kept)
-        rows = [row for row in client.messages(1) if row["role"] != "user"]
-        assert "".join(row["content"] for row in rows) == kept
-        assert not rows or rows[-1]["status"] == "failed"
-        assert said(client.send_message("again", 1)) == "Next."
+    with talking_to(protocol, ["Ready."], agent=agent, turn_timeout=0.8) as (client, provider):
+        client.send_message("hi")  # the first of all takes longer
+        provider.says(answer)
+        turns = at_once(3, lambda number: client.send_message(f"message {number}"))
+        provider.says(["Next."])
+        for events, kept in zip(turns, ["", "Half ", "I'll ask."], strict=True):
+            thread, error = events[0]["thread_id"], events[-2]
+            assert (error["code"], error["allow_retry"], said(events)) == ("timeout", True, kept)
+            rows = [row for row in client.messages(thread) if row["role"] != "user"]
+            assert "".join(row["content"] for row in rows) == kept
+            assert not rows or rows[-1]["status"] == "failed"
+            assert said(client.send_message("again", thread)) == "Next."
+        provider.__exit__()
+        assert client.send_message("hi")[-2]["code"] == "unreachable"
 
 
 def test_what_counts_is_the_status_that_a_provider_gave() -> None:
     """LiteLLM takes a port or a length in the provider's text for a status."""
-
-    class Guessed(Exception):
-        status_code = 403
-
-    class Given(Exception):
-        status_code = 503
-
-    error = Guessed("from 127.0.0.1:34033")
-    error.__context__ = Given()
-    assert ck.explain(error)[0] == "unreachable"
-
-
-@pytest.mark.parametrize("protocol", ["chat", "gemini"])
-def test_a_provider_that_is_not_there_is_unreachable(protocol: str) -> None:
-    with talking_to(protocol, ["Never."]) as (client, provider):
-        provider.shutdown()
-        provider.server_close()
-        assert [event["code"] for event in client.send_message("hi") if event["type"] == "error"] == ["unreachable"]
+    guessed, given = RuntimeError("from 127.0.0.1:34033"), RuntimeError()
+    guessed.status_code, given.status_code = 403, 503  # type: ignore[attr-defined]  # as libraries do
+    guessed.__context__ = given
+    with serving(scripted([guessed])) as client:
+        assert client.send_message("hi")[-2]["code"] == "unreachable"
 
 
 # ---- what leaves the machine, and what the log says
 
+WATCHED = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+sys.modules["uvloop"] = None  # its connections pass no audit
 
-def env_of(settings: dict[str, str]) -> dict[str, str]:
-    return {ck.Settings.env_name(name): value for name, value in settings.items()}
-
-
-def test_no_key_that_a_provider_quotes_comes_into_the_log(tmp_path: Path) -> None:
-    answers: list[list[Any]] = [[Status(401)], ["Half ", Raw(b"data: " + KEY.encode() + b"\n\n")], [""]]
-    with Provider() as provider:
-        (settings, _), (others, env) = (pointing_at(provider, protocol) for protocol in ("chat", "gemini"))
-        env |= env_of(others) | env_of(settings) | {"CHATKIT_MODELS": others["model"], "CHATKIT_LOG_LEVEL": "debug"}
-        with Process("--database", ":memory:", cwd=tmp_path, env=env) as process, process.client() as client:
-            told = []
-            for model in (settings["model"], others["model"]):
-                for answer in answers:
-                    provider.says(answer)
-                    told += client.send_message("hi", model=model)
-            process.stop(signal.SIGTERM)
-            assert process.process.stdout is not None
-            printed = "\n".join([*process.lines, process.process.stdout.read(), process.log_file.read_text()])
-    assert [event["status"] for event in told if event["type"] == "done"] == ["failed"] * 6
-    assert printed.count("the turn failed") == 6 and "[secret]" in printed
-    assert KEY not in printed and KEY not in json.dumps(told)
-
-
-WHO_IS_CALLED = """
-import atexit, os, sys
-
-called = []
 def note(event, arguments):
-    if event == "socket.getaddrinfo":
-        called.append(arguments[:2])
-    elif event == "socket.connect":
-        called.append(arguments[1][:2])
+    if event in ("socket.getaddrinfo", "socket.connect"):
+        print("called", *(arguments[1] if event == "socket.connect" else arguments)[:2], file=sys.stderr)
 sys.addaudithook(note)
-atexit.register(lambda: print(called))  # registered first, it runs last
 
-import asyncio
 import chatkit_server as ck
-
-async def ask(model):
-    async with ck.Store(":memory:") as store:
-        settings = ck.Settings.from_env(model=model)
-        async for event in ck.stream_agent("hi", store=store, settings=settings):
-            print(event, file=sys.stderr)
-
-asyncio.run(ask("gpt-x"))
-assert "litellm" not in sys.modules
-asyncio.run(ask("gemini/gemini-2.5-flash"))
-assert "litellm" in sys.modules
+ck.create_app(model="gpt-x", database=":memory:")
+if "litellm" not in sys.modules:
+    print("LiteLLM is not imported yet", file=sys.stderr)
+os.environ["CHATKIT_MODELS"] = "gemini/gemini-2.5-flash"
+sys.exit(ck.main())
 """
 
 
-def test_only_the_provider_is_called_and_litellm_is_imported_when_it_is_needed(tmp_path: Path) -> None:
-    call = [Call("add_task", {"title": "milk"})]
-    with Provider(call, ["One."], call, ["Two."]) as provider:
+def test_only_the_provider_is_called_and_no_key_that_it_quotes_comes_into_the_log(tmp_path: Path) -> None:
+    (tmp_path / "chatkit_server.py").write_text(WATCHED)
+    answers = [[Status(401)], ["Half ", b"data: " + KEY.encode() + b"\n\n"], [""], ["Well."]]
+    told: list[dict[str, Any]] = []
+    with Provider() as provider:
         (settings, _), (others, env) = (pointing_at(provider, protocol) for protocol in ("chat", "gemini"))
-        env = {**CLEAN_ENV, **env, **env_of(others), **env_of(settings)}
-        command = [sys.executable, "-c", WHO_IS_CALLED]
-        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 0 and "'One.'" in result.stderr and "'Two.'" in result.stderr, result.stderr
-    assert len(provider.requests) == 4
-    assert set(ast.literal_eval(result.stdout)) == {("127.0.0.1", provider.server_port)}
+        env |= env_of(others) | env_of(settings) | {"CHATKIT_LOG_LEVEL": "debug"}
+        with Process(cwd=tmp_path, env=env, module=tmp_path) as server, server.client() as client:
+            for model, answer in itertools.product((settings["model"], others["model"]), answers):
+                provider.says(answer)
+                told += client.send_message("hi", model=model)
+            server.stop(signal.SIGTERM)
+            printed = "\n".join([*server.lines, server.process.stdout.read(), server.log_file.read_text()])
+    assert [event["status"] for event in of_type(told, "done")] == [*["failed"] * 3, "completed"] * 2
+    assert "[secret]" in printed and KEY not in printed and KEY not in json.dumps(told)
+    own = {"127.0.0.1 0"}  # where it listens
+    assert set(re.findall("^called (.+)", printed, re.M)) - own == {f"127.0.0.1 {provider.server_port}"}
+    assert "LiteLLM is not imported yet" in printed  # where no model needs it
 
 
 # ---- choosing a model
 
 
-@pytest.mark.parametrize(
-    ("env", "model", "kind"),
-    [
-        ({"CHATKIT_MODEL": "demo", "OPENAI_API_KEY": "k", "GEMINI_API_KEY": "k"}, "demo", "DemoModel"),
-        ({"CHATKIT_MODEL": "ollama_chat/llama3", "OPENAI_API_KEY": "k"}, "ollama_chat/llama3", "LitellmModel"),
-        ({"CHATKIT_MODEL": "anthropic/c", "OPENAI_BASE_URL": "http://x/v1"}, "anthropic/c", "LitellmModel"),
-        ({"CHATKIT_MODEL": "gpt-x", "OPENAI_API_KEY": "k"}, "gpt-x", "OpenAIResponsesModel"),
-        ({"CHATKIT_MODEL": "m", "OPENAI_BASE_URL": "http://localhost:1234/v1"}, "m", "OpenAIChatCompletionsModel"),
-        ({"CHATKIT_MODEL": "m", "OPENAI_BASE_URL": "https://api.openai.com/v1/", "OPENAI_API_KEY": "k"}, "m",
-         "OpenAIResponsesModel"),
-        ({"OPENAI_API_KEY": "k", "GEMINI_API_KEY": "k"}, get_default_model(), "OpenAIResponsesModel"),
-        ({"GEMINI_API_KEY": "k"}, "gemini/gemini-2.5-flash", "LitellmModel"),
-        ({"GEMINI_API_KEY": "k", "GEMINI_MODEL": "gemini-9"}, "gemini/gemini-9", "LitellmModel"),
-        ({"GEMINI_API_KEY": "k", "GEMINI_MODEL": "gemini/gemini-9"}, "gemini/gemini-9", "LitellmModel"),
-        ({"OPENAI_API_KEY": "", "GEMINI_API_KEY": " "}, "demo", "DemoModel"),
-        ({}, "demo", "DemoModel"),
-    ],
-)  # fmt: skip
-def test_the_first_that_is_given_chooses_the_model(
-    env: dict[str, str], model: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in env.items():
+CHOICES = f"""
+demo DemoModel: CHATKIT_MODEL=demo OPENAI_API_KEY=k GEMINI_API_KEY=k
+ollama_chat/llama3 LitellmModel: CHATKIT_MODEL=ollama_chat/llama3 OPENAI_API_KEY=k
+anthropic/c LitellmModel: CHATKIT_MODEL=anthropic/c ANTHROPIC_API_KEY=k
+gpt-x OpenAIResponsesModel: CHATKIT_MODEL=gpt-x OPENAI_API_KEY=k
+m OpenAIChatCompletionsModel: CHATKIT_MODEL=m OPENAI_BASE_URL=http://localhost:1234/v1
+m OpenAIResponsesModel: CHATKIT_MODEL=m OPENAI_BASE_URL=https://api.openai.com/v1/ OPENAI_API_KEY=k
+{get_default_model()} OpenAIResponsesModel: OPENAI_API_KEY=k GEMINI_API_KEY=k
+gemini/gemini-2.5-flash LitellmModel: GEMINI_API_KEY=k
+gemini/gemini-9 LitellmModel: GEMINI_API_KEY=k GEMINI_MODEL=gemini-9
+gemini/gemini-9 LitellmModel: GEMINI_API_KEY=k GEMINI_MODEL=gemini/gemini-9
+demo DemoModel: OPENAI_API_KEY= GEMINI_API_KEY=
+demo DemoModel:
+"""
+
+
+@pytest.mark.parametrize("choice", CHOICES.split("\n")[1:-1])
+def test_the_first_that_is_given_chooses_the_model(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, _, given = choice.partition(":")
+    for name, _, value in (each.partition("=") for each in given.split()):
         monkeypatch.setenv(name, value)
-    chat = ck.create_app(database=":memory:").state.chat
-    assert (chat.model_name, type(chat.agent.model).__name__) == (model, kind)
+    models = ck.Models(ck.Settings.from_env())
+    assert f"{models.default} {type(models.get_model(models.default)).__name__}" == chosen
+
+
+# ---- names of models
+
+# A name that cannot work, and what its refusal must say: the variable to set, or the name to use.
+WRONG_NAMES = {
+    "gpt-x": "OPENAI_API_KEY",
+    "openai/gpt-4o": "OPENAI_API_KEY",
+    "anthropic/claude-x": "ANTHROPIC_API_KEY",
+    "gemini/gemini-2.5-flash": "GEMINI_API_KEY",
+    "litellm/gemini/gemini-2.5-flash": "GEMINI_API_KEY",
+    "gemini-2.5-flash": "gemini/gemini-2.5-flash",
+    "claude-x": "anthropic/claude-x",
+    "Gemini/x": "gemini/x",
+    "nobody/x": "LiteLLM knows no provider",
+    "/": "LiteLLM knows no provider",
+}
+WHERE_NAMED: dict[str, Callable[[str], tuple[Any, dict[str, Any]]]] = {  # agent and settings
+    "CHATKIT_MODEL": lambda name: (None, {"model": name}),
+    "CHATKIT_MODELS": lambda name: (None, {"models": f"fast=demo,smart={name}"}),
+    "the agent's": lambda name: (Agent(name="A", model=name), {}),
+    "of a handoff": lambda name: (Agent(name="A", handoffs=[Agent(name="B", model=name)]), {}),
+    "of a tool": lambda name: (Agent(name="A", tools=[Agent(name="B", model=name).as_tool("b", "b")]), {}),
+    "of a handoff()": lambda name: (Agent(name="A", handoffs=[handoff(Agent(name="B", model=name))]), {}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_NAMES)
+@pytest.mark.parametrize("place", WHERE_NAMED)
+def test_a_model_that_cannot_work_is_refused_at_the_start(place: str, name: str) -> None:
+    agent, settings = WHERE_NAMED[place](name)
+    with pytest.raises(ck.SettingsError) as refusal:
+        ck.create_app(agent, database=":memory:", **settings)
+    told = str(refusal.value)
+    assert name.removeprefix("litellm/") in told and WRONG_NAMES[name] in told and "\n" not in told
+    assert name in ("gpt-x", "openai/gpt-4o") or "OpenAI" not in told
+
+
+def test_a_model_that_cannot_work_is_one_line_on_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert ck.main(["--model", "nobody/x", "--database", ":memory:", "--port", "0"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "nobody/x" in printed.err
+
+
+@pytest.mark.parametrize("name", ["litellm/gemini/gemini-2.5-flash", "gemini/gemini-2.5-flash"])
+def test_a_name_in_an_agent_means_what_it_means_in_the_settings(name: str) -> None:
+    agent = Agent(name="A", model=name)
+    with talking_to("gemini", ["Hello."], agent=agent) as (client, provider):
+        assert said(client.send_message("hi")) == "Hello."
+        assert client.get("/api/config").json()["model"] == "gemini/gemini-2.5-flash"
+    assert provider.requests[0]["path"].startswith("/v1beta/models/gemini-2.5-flash:")
+
+
+# ================================================================================= Whatever an agent does
+# What an agent of the SDK can do, in both dialects: live, after a restart, and in the model's next input.
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+SOURCE = {"type": "url", "url": "https://example.com/oats"}
+SEARCH = {"type": "search", "query": "oat milk", "sources": [SOURCE]}
+SEARCHED = {"type": "web_search_call", "id": "ws_1", "action": SEARCH}
+FILES = {"type": "file_search_call", "id": "fs_1", "queries": ["oats"], "results": [{"filename": "oats.pdf"}]}
+CODE: Any = {"type": "code_interpreter_call", "id": "ci_1", "code": "print(6 * 7)", "container_id": "c1"}
+CODE |= {"outputs": [{"type": "logs", "logs": "42"}]}
+MCP_CALL = {"type": "mcp_call", "id": "mcp_1", "name": "lookup", "server_label": "s", "arguments": "{}"}
+SHELL: Any = {"type": "local_shell_call", "id": "sh_1", "call_id": "c"}
+SHELL |= {"action": {"type": "exec", "command": ["ls"], "env": {}}}
+DRAWN = {"type": "image_generation_call", "id": "ig_1", "result": PIXEL}
+CITED = {"type": "url_citation", "url": "https://e.com", "title": "E", "start_index": 0, "end_index": 3}
+
+
+@dataclass
+class Told:
+    """What came of one message: a dialect's events; REST's messages and ChatKit's items after a restart."""
+
+    events: list[dict[str, Any]]
+    order: list[str]  # of the events, called as the plain dialect does
+    rows: list[dict[str, Any]]
+    items: list[dict[str, Any]]
+    next_input: list[Any]  # what the model was shown for a further message
+
+    @property
+    def roles(self) -> str:
+        return " ".join(row["role"] for row in self.rows)
+
+
+PLAIN_NAMES = {
+    "thread.item.done task": "item",
+    "assistant_message.content_part.annotation_added": "item",
+    "assistant_message.content_part.text_delta": "text",
+    "thread.item.removed": "item_removed",
+}
+
+
+@pytest.fixture(params=["plain", "chatkit"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tell(tmp_path: Path, dialect: str) -> Callable[..., Told]:
+    """Have an agent answer a message in a dialect; restart; look at what is kept; and send another one."""
+
+    def tell(agent: Any, message: str = "go") -> Told:
+        options = {"database": str(tmp_path / "told.db")}
+        with serving(agent, **options) as client:
+            events = create(client, message) if dialect == "chatkit" else client.send_message(message)
+        with serving(agent, **options) as client:
+            rows, kept = client.messages(1), items(client)
+            client.send_message("and now?", 1)
+        order = (
+            kinds(events) if dialect == "plain" else [PLAIN_NAMES.get(name, name) for name in shape(events)]
+        )
+        return Told(events, order, rows, kept, shown_to(agent) if isinstance(agent, Agent) else [])
+
+    return tell
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("call", "kind", "shows"),
     [
-        ("gpt-x", "needs OPENAI_API_KEY"),
-        ("nobody/gpt-x", "LiteLLM knows no provider"),
-        ("/", "LiteLLM knows no provider"),
+        (SEARCHED, "web_search", ["oat milk", "https://example.com/oats"]),
+        (FILES, "file", ["oats", "oats.pdf"]),
+        (CODE, "custom", ["Code interpreter", "print(6 * 7)", "42"]),
+        (MCP_CALL, "custom", ["lookup"]),
+        (SHELL, "custom", ["Local shell"]),
     ],
 )
-def test_a_model_that_cannot_work_is_refused_at_the_start(
-    model: str, says: str, capfd: pytest.CaptureFixture[str]
+def test_a_hosted_tool_is_one_item_where_it_happened(
+    call: Any, kind: str, shows: list[str], tell: Any
 ) -> None:
-    assert ck.main(["--model", model, "--database", ":memory:", "--port", "0"]) == 2
-    printed = capfd.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1
-    assert model in printed.err and says in printed.err
+    agent = scripted([call, "It is ", "so."], ["Again."])
+    told = tell(agent)
+    assert told.roles == "user tool assistant" and told.rows[2]["content"] == "It is so."
+    assert [item["type"] for item in told.items] == ["user_message", "task", "assistant_message"]
+    task = told.items[1]["task"]
+    assert (task["type"], task["status_indicator"]) == (kind, "complete")
+    assert [text for text in shows if text not in json.dumps(task)] == []
+    assert told.order.index("item") < told.order.index("text")
+    # A call goes back to its own provider only, which this is not.
+    assert [item["role"] for item in told.next_input] == ["user", "assistant", "user"]
 
 
-# ============================================================================================= the ChatKit protocol
-# The types of the official SDK are the judge: what `exchange()` sends and gets goes through them, where it is
-# installed. The recorded exchange that some tests compare with is one of its server.
+def test_what_the_responses_api_streams_arrives_once_and_goes_back_to_it() -> None:
+    steps = [Think("Hm."), SEARCHED, CODE, {**DRAWN, "partial_image_b64": PIXEL}, "See ", "this.", CITED]
+    with talking_to("responses", steps, ["Again."], agent=Agent(name="A")) as (client, provider):
+        events = create(client, "go")
+        kept = items(client)
+        client.send_message("and now?", 1)
+    types = "user_message workflow task task generated_image assistant_message"
+    assert " ".join(item["type"] for item in kept) == types
+    assert shape(events).count("generated_image.updated") == 1
+    [content] = kept[-1]["content"]
+    assert content["text"] == "See this." and len(content["annotations"]) == 1
+    sent = [item for item in provider.requests[-1]["body"]["input"] if "type" in item]
+    assert [item["type"] for item in sent] == [step["type"] for step in (SEARCHED, CODE, DRAWN)]
+    assert sent[0]["action"] == SEARCH and "id" not in sent[0]
+
+
+def test_pictures_are_files_at_urls_of_ours_and_carried_by_nothing_else(tell: Any, tmp_path: Path) -> None:
+    snap = function_tool(
+        lambda: ToolOutputImage(image_url=f"data:image/png;base64,{PIXEL}"), name_override="snap"
+    )
+    agent = scripted([Call("snap"), DRAWN], ["Look."], ["Again."], tools=[snap])
+    told = tell(agent)
+    pictures = [item["image"]["url"] for item in told.items if item["type"] == "generated_image"]
+    paths = [httpx.URL(picture).raw_path.decode() for picture in pictures]
+    assert len(paths) == 2
+    assert PIXEL not in json.dumps([told.events, told.rows, told.items])
+    with serving(agent, database=str(tmp_path / "told.db")) as client:
+        for path in paths:
+            response = client.get(path)
+            assert response.headers["content-type"] == "image/png" and response.content[1:4] == b"PNG"
+        client.delete("/api/conversations/1")
+        assert client.get(paths[0]).status_code == 404
+    [output] = [item["output"] for item in told.next_input if item.get("type") == "function_call_output"]
+    assert output[0]["type"] == "input_image" and PIXEL in output[0]["image_url"]
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [
+        (CITED, {"type": "url", "url": "https://e.com", "title": "E"}),
+        ({"type": "file_citation", "file_id": "f", "filename": "a.txt", "index": 2}, {"filename": "a.txt"}),
+        ({"type": "container_file_citation", "file_id": "f", "filename": "b.csv"}, {"filename": "b.csv"}),
+        ({"type": "file_path", "file_id": "f", "index": 1}, None),
+        ({"type": "url_citation", "address": "https://e.com"}, None),
+    ],
+)
+def test_citations_become_annotations_and_a_strange_one_costs_itself(
+    given: Any, source: Any, tell: Any
+) -> None:
+    told = tell(scripted(["As said ", given, "there."], ["Again."]))
+    [content] = told.items[-1]["content"]
+    assert content["text"] == "As said there."
+    assert len(content["annotations"]) == told.order.count("item") == bool(source)
+    assert not source or content["annotations"][0]["source"].items() >= source.items()
+
+
+# ---- approvals
+
+
+@function_tool(needs_approval=True)
+def wipe(path: str) -> str:
+    """Remove a file."""
+    return f"wiped {path}"
+
+
+def asking(*paths: str) -> Agent[Any]:
+    calls = [Call("wipe", {"path": path}, f"c{path}") for path in paths]
+    return scripted(calls, ["Done."], ["Again."], tools=[wipe])
+
+
+def answer(client: Client, answers: Any, dialect: str) -> list[dict[str, Any]]:
+    """The events after answers to the question in conversation 1."""
+    [item] = items(client, "structured_input")
+    body = {"item_id": item["id"], "input": {"status": "answered", "answers": answers}}
+    if dialect == "chatkit":
+        return list(exchange(client, "threads.add_structured_input", **body))
+    response = client.post("/api/conversations/1/answers", json={"item_id": item["id"], **body["input"]})
+    return list(plain_events(response))
+
+
+def outcomes(agent: Agent[Any]) -> dict[str, str]:
+    return {item["call_id"]: item["output"] for item in shown_to(agent) if "output" in item}
+
+
+def test_a_tool_that_needs_approval_asks_and_goes_on_after_a_restart(tmp_path: Path, dialect: str) -> None:
+    agent, file = asking("1", "2", "3"), str(tmp_path / "a.db")
+    with serving(agent, database=file) as client:
+        create(client, "go") if dialect == "chatkit" else client.send_message("go")
+        [item] = items(client, "structured_input")
+    assert [each["id"] for each in item["inputs"]] == ["c1", "c2", "c3"] and item["status"] == "pending"
+    assert "wipe" in item["inputs"][0]["question"] and '"1"' in item["inputs"][0]["question"]
+    approve, reject = (option["value"] for option in item["inputs"][0]["options"])
+    assert (approve.split()[0], reject.split()[0]) == ("Approve", "Reject")
+    answers = {"c1": {"values": [approve]}, "c2": {"values": [reject]}, "c3": {"values": [approve]}}
+    decided = {"c1": "wiped 1", "c2": "The person rejected this call.", "c3": "wiped 3"}
+    with serving(agent, database=file) as client:
+        assert "Done." in json.dumps(answer(client, answers, dialect))
+        assert outcomes(agent) == decided
+        assert [row["status"] for row in client.messages(1)] == ["done"] * 6
+        assert client.send_message("more", 1)[-1]["status"] == "completed"
+    assert outcomes(agent) == decided
+
+
+def test_a_new_message_instead_of_approval_counts_as_rejecting() -> None:
+    agent = asking("1")
+    with serving(agent) as client:
+        client.send_message("go")
+        client.send_message("never mind", 1)
+        assert items(client, "structured_input")[0]["status"] == "skipped"
+        assert [row["status"] for row in client.messages(1)][1:3] == ["cancelled", "cancelled"]
+    assert "c1" in outcomes(agent) and "wiped" not in outcomes(agent)["c1"]
+
+
+def test_an_agents_tool_of_an_agent_may_need_approval_too(tmp_path: Path) -> None:
+    inner, file = asking("1"), str(tmp_path / "a.db")
+    helper = inner.as_tool("helper", "Helps.")
+    outer = scripted([Call("helper", {"input": "x"}, "o1")], ["All done."], tools=[helper])
+    with serving(outer, database=file) as client:
+        client.send_message("go")
+        [asked] = items(client, "structured_input")[0]["inputs"]
+    with serving(outer, database=file) as client:
+        answers = {asked["id"]: {"values": [asked["options"][0]["value"]]}}
+        assert said(answer(client, answers, "plain")) == "All done."
+        assert client.messages(1)[1]["content"] == "Done."
+    assert outcomes(inner) == {"c1": "wiped 1"}
+
+
+# ---- handoffs, tools, guardrails
+
+
+@pytest.mark.parametrize("kind", ["agent", "handoff", "filter"])
+def test_a_handoff_is_shown_and_lasts(kind: str, tmp_path: Path, tell: Any) -> None:
+    billing = scripted(["Billing here."], ["Still billing."], name="Billing")
+    passed = handoff(billing, input_filter=remove_all_tools if kind == "filter" else None)
+    handoffs = [billing if kind == "agent" else passed]
+    root = scripted([Call("transfer_to_billing", {}, "h1")], ["The root."], handoffs=handoffs, name="Root")
+    told = tell(root)
+    assert told.roles == "user tool assistant"
+    assert told.rows[1]["tool_calls"][0]["name"] == "transfer_to_billing"
+    assert json.loads(told.rows[1]["content"]) == {"assistant": "Billing"}
+    assert len(told.next_input) == len(cast(Script, root.model).seen) == 1
+    assert shown_to(billing)[-1]["content"] == "and now?"
+    alone = scripted(["Who?"], name="Root")  # the agent that had the last word is no longer there
+    with serving(alone, database=str(tmp_path / "told.db")) as client:
+        assert said(client.send_message("hello", 1)) == "Who?"
+
+
+def test_stopping_at_a_tool_that_returns_nothing_says_nothing(tell: Any) -> None:
+    nothing = function_tool(lambda: None, name_override="nothing")
+    told = tell(scripted([Call("nothing")], tools=[nothing], tool_use_behavior="stop_on_first_tool"))
+    assert told.roles == "user tool" and "None" not in json.dumps(told.events)
+
+
+def test_structured_output_is_a_code_block_and_the_model_sees_it_as_it_was(tell: Any) -> None:
+    output_type = AgentOutputSchema(dict[str, int], strict_json_schema=False)
+    told = tell(scripted(['{"count"', ": 3}"], output_type=output_type))
+    assert told.rows[-1]["content"] == '```json\n{"count": 3}\n```'
+    assert told.next_input[1]["content"] == '{"count": 3}'
+
+
+def test_a_nested_agents_words_are_its_tools_result(tell: Any) -> None:
+    helper = scripted(["From within."]).as_tool("helper", "Helps.")
+    told = tell(scripted([Call("helper", {"input": "x"})], ["So it is."], ["Again."], tools=[helper]))
+    assert [row["content"] for row in told.rows] == ["go", "From within.", "So it is."]
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_tool_that_exits_fails_like_any_other(error: Any, is_async: bool) -> None:
+    def leave() -> str:
+        raise error
+
+    async def leave_async() -> str:
+        raise error
+
+    tool = function_tool(leave_async if is_async else leave, name_override="leave")
+    with serving(scripted([Call("leave")], ["It failed."], tools=[tool])) as client:
+        events = client.send_message("go")
+        assert "failed" in json.dumps(of_type(events, "tool_result")) and said(events) == "It failed."
+        assert client.get("/health").status_code == 200
+
+
+async def no_secrets(context: Any, agent: Any, text: Any) -> GuardrailFunctionOutput:
+    await asyncio.sleep(0.02)
+    return GuardrailFunctionOutput(output_info=None, tripwire_triggered="secret" in json.dumps(text))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_message_that_a_guardrail_blocks_is_left_out_of_what_follows(parallel: bool) -> None:
+    guardrail = input_guardrail(run_in_parallel=parallel)(no_secrets)
+    agent = scripted(["Here ", "it is."], ["Fine."], input_guardrails=[guardrail])
+    with serving(agent) as client:
+        assert of_type(client.send_message("the secret"), "error")[0]["code"] == "guardrail"
+        assert client.send_message("something else", 1)[-1]["status"] == "completed"
+        assert {row["status"] for row in client.messages(1)[:-2]} == {"blocked"}
+    assert [item["content"] for item in shown_to(agent)] == ["something else"]
+
+
+def test_what_an_output_guardrail_blocks_is_removed(tell: Any) -> None:
+    guardrails = [output_guardrail(no_secrets)]
+    told = tell(
+        scripted([Call("echo", {"text": "x"})], ["The secret."], ["Fine."], output_guardrails=guardrails)
+    )
+    assert told.roles == "user tool" and "item_removed" in told.order
+    assert "secret" not in json.dumps([told.rows, told.next_input])
+    assert told.rows[1]["error"]["code"] == "guardrail"
+
+
+def test_tool_guardrails_tell_the_model() -> None:
+    @tool_input_guardrail
+    async def never(data: Any) -> Any:
+        return ToolGuardrailFunctionOutput.reject_content("not allowed")
+
+    tool = function_tool(lambda: "ran", name_override="run")
+    tool.tool_input_guardrails = [never]
+    agent = scripted([Call("run", {}, "c1")], ["I see."], tools=[tool])
+    with serving(agent) as client:
+        assert said(client.send_message("go")) == "I see."
+    assert outcomes(agent) == {"c1": "not allowed"}
+
+
+# ---- functions and generators
+
+waiting = Wait()
+
+
+async def chatty(context: ck.TurnContext, history: list[Any]) -> AsyncIterator[Any]:
+    """Does what the last message says."""
+    message = history[-1]["content"]
+    if message != "nothing":
+        yield "You said: "
+    if message == "raise":
+        raise ValueError("on purpose")
+    if message == "wait":
+        await waiting.pass_through()
+    for _ in range(10_000 if message == "much" else message == "hello"):
+        yield f"{message} "
+    if message == "hello":
+        yield {"type": "progress", "content": "thinking", "icon": None}
+        yield {"type": "item", "item": {"type": "widget", "widget": CARD, "copy_text": "hi"}}
+
+
+def test_a_generator_is_an_agent(tell: Any) -> None:
+    told = tell(chatty, "hello")
+    assert told.roles == "user assistant item"
+    assert told.rows[1]["content"] == "You said: hello " and told.items[2]["widget"] == CARD
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "answers"),
+    [
+        ("raise", "failed", ["You said: "]),
+        ("much", "completed", ["You said: " + "much " * 10_000]),
+        ("nothing", "completed", []),
+        ("wait", "cancelled", ["You said: "]),
+    ],
+)
+def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(
+    message: str, status: str, answers: list[str]
+) -> None:
+    with serving(chatty) as client, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.send_message, message)
+        if message == "wait":
+            assert waiting.reached.wait(DEADLINE)
+            assert client.post("/api/conversations/1/cancel").status_code == 200
+        events = future.result(DEADLINE)
+        assert events[-1]["status"] == status and said(events) == "".join(answers)
+        assert [row["content"] for row in client.messages(1)[1:] if row["role"] == "assistant"] == answers
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_makes_the_agent_of_each_turn(is_async: bool) -> None:
+    made: list[Any] = []
+
+    def make(context: ck.TurnContext) -> Agent[Any]:
+        made.append((context.user_id, context.tool_choice, context.thread.title))
+        return scripted([f"As {context.tool_choice}."])
+
+    async def make_async(context: ck.TurnContext) -> Agent[Any]:
+        return make(context)
+
+    with serving(make_async if is_async else make) as client:
+        assert said(client.send_message("hi", tool_choice="poet")) == "As poet."
+    assert made == [("local", "poet", "hi")]
+
+
+async def test_leaving_the_loop_early_stops_the_answer_and_marks_it(tmp_path: Path, caplog: Any) -> None:
+    wait, file = Wait(), tmp_path / "left.db"
+    async with ck.Store(file) as store:
+        async for event in ck.stream_agent("go", agent=scripted(["So far. ", wait]), store=store):
+            if event["type"] == "text":
+                break
+    assert rows_of(file, "SELECT status FROM messages") == [("done",), ("cancelled",)]
+    assert wait.left.is_set()
+    assert_no_traceback(caplog)
+
+
+# ---- MCP
+
+TINY_MCP = """
+from mcp.server import MCPServer
+app = MCPServer("tiny")
+@app.tool()
+def add(a: int, b: int) -> str:
+    return str(a + b)
+app.run()
+"""
+
+
+def test_mcp_servers_are_connected_and_one_that_cannot_be_is_a_warning(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "tiny.py").write_text(TINY_MCP)
+    params: Any = {"command": sys.executable, "args": [str(tmp_path / "tiny.py")]}
+    good = MCPServerStdio(params, name="tiny", client_session_timeout_seconds=20)
+    bad = MCPServerStdio(cast(Any, {"command": str(tmp_path / "nothing")}), name="broken")
+    turn: list[list[Any]] = [[Call("add", {"a": 1, "b": 2})], ["Three."]]
+    app = make_app(scripted(*turn, *turn, tools=[], mcp_servers=[good, bad]))
+    outer = FastAPI()
+    outer.mount("/inner", app)
+    outer.state.chat = app.state.chat
+    for served, prefix in ((app, ""), (outer, "/inner")):
+        with ck.serve_in_background(served) as url, Client(base_url=url + prefix) as client:
+            events = client.send_message("go")
+        assert of_type(events, "tool_result")[0]["result"] == "3" and said(events) == "Three."
+    assert any("broken" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+
+
+# ======================================================================================= the ChatKit protocol
+# The types of the official SDK judge what `exchange()` sends and gets, where it is installed.
 
 SDK = TEST_ALL or importlib.util.find_spec("chatkit") is not None
-
-
-class InProcess(httpx.BaseTransport):
-    """Has an app answer without a socket, on an event loop that runs while a request does."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.loop = asyncio.new_event_loop()
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        return self.loop.run_until_complete(self._answer(request))
-
-    async def _answer(self, request: httpx.Request) -> httpx.Response:
-        response = await httpx.ASGITransport(self.app).handle_async_request(request)
-        return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
-
-    def close(self) -> None:
-        self.loop.run_until_complete(self.app.state.chat.close())
-        self.loop.close()
-
-
-@contextlib.contextmanager
-def in_process(agent: Agent[Any] | None = None, **settings: Any) -> Iterator[Client]:
-    """As `serving()`, without a socket: quicker by 0.2 s, for what is not about sockets."""
-    handlers = {name: settings.pop(name) for name in ("on_action", "transcribe") if name in settings}
-    app = ck.create_app(
-        agent, settings=ck.Settings(**{"database": ":memory:", "model": "demo", **settings}), **handlers
-    )
-    with Client(transport=InProcess(app), base_url="http://testserver") as client:
-        yield client
-
-
-def canonical(value: Any) -> str:
-    """JSON that is equal where the values are: times are compared as times, and 1 is not true."""
-
-    def timed(part: Any) -> Any:
-        if isinstance(part, list):
-            return [timed(child) for child in part]
-        if not isinstance(part, dict):
-            return part
-        return {
-            key: datetime.fromisoformat(child.replace("Z", "+00:00")).timestamp()
-            if key == "created_at"
-            else timed(child)
-            for key, child in part.items()
-        }
-
-    return json.dumps(timed(value), sort_keys=True)
 
 
 @functools.cache
 def sdk_type(name: str) -> Any:
     """Reads and writes a type of the SDK; Page[...] too."""
-    from pydantic import TypeAdapter
-
-    types = optional("chatkit.types")
-    page_of = name.removeprefix("Page ")
-    kind = getattr(types, page_of)
-    return TypeAdapter(kind if page_of == name else types.Page[kind])
+    types, pydantic = optional("chatkit.types"), optional("pydantic")
+    kind = getattr(types, name.removeprefix("Page "))
+    return pydantic.TypeAdapter(types.Page[kind] if name.startswith("Page ") else kind)
 
 
 ANSWER_TYPES = {
-    "threads.list": "Page Thread",
-    "threads.get_by_id": "Thread",
-    "threads.update": "Thread",
-    "items.list": "Page ThreadItem",
-    "threads.sync_custom_action": "SyncCustomActionResponse",
-    "attachments.create": "Attachment",
-    "input.transcribe": "TranscriptionResult",
-}
+    "threads.list": "Page Thread", "threads.get_by_id": "Thread", "threads.update": "Thread",
+    "items.list": "Page ThreadItem", "threads.sync_custom_action": "SyncCustomActionResponse",
+    "attachments.create": "Attachment", "input.transcribe": "TranscriptionResult",
+}  # fmt: skip
+
+
+def canonical(value: Any) -> str:
+    """JSON as text, without its times, which the SDK writes in another way."""
+    return re.sub('"created_at": "[^"]*"', "", json.dumps(value, sort_keys=True))
 
 
 def validated(operation: str, answer: Any) -> Any:
     """An answer, once the SDK's types have read it and written it again unchanged."""
-    if not SDK:
-        return answer
-    if isinstance(answer, list):
-        for event in answer:
-            same("ThreadStreamEvent", event)
-    elif operation in ANSWER_TYPES:
-        same(ANSWER_TYPES[operation], answer)
-    else:
-        assert answer == {}, operation
+    streamed = isinstance(answer, list)
+    name = "ThreadStreamEvent" if streamed else ANSWER_TYPES.get(operation)
+    assert name or answer == {}, operation
+    for each in (answer if streamed else [answer]) if SDK and name else ():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it would rather have templates
+            kind = sdk_type(name)
+            again = kind.dump_python(kind.validate_python(each), mode="json", exclude_none=True)
+        assert canonical(again) == canonical(each)
     return answer
 
 
-def same(type_name: str, sent: Any) -> None:
-    kind = sdk_type(type_name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the SDK prefers templates to its own widget classes
-        again = kind.dump_python(kind.validate_python(sent), mode="json", exclude_none=True)
-    assert canonical(again) == canonical(sent)
+def asked(operation: str, **params: Any) -> dict[str, Any]:
+    """A request's body; in thread 1 where no other is named."""
+    elsewhere = operation in ("threads.create", "threads.list", "input.transcribe")
+    at = {} if elsewhere or operation.startswith("attachments.") else {"thread_id": "1"}
+    return {"type": operation, "params": {**at, **params}}
 
 
 def exchange(client: Client, operation: str, **params: Any) -> Any:
     """A request that the SDK's types accept, and its answer, which they accept too."""
+    body = asked(operation, **params)
     if SDK:
-        sdk_type("ChatKitReq").validate_python({"type": operation, "params": params})
-    return validated(operation, client.operate(operation, **params))
+        sdk_type("ChatKitReq").validate_python(body)
+    return validated(operation, client.operate(operation, **body["params"]))
 
 
 def refused(client: Client, operation: str, **params: Any) -> tuple[int, str]:
-    """The status of a request that must not be granted, and its text."""
-    response = client.post("/chatkit", json={"type": operation, "params": params})
+    """How a request is refused, and what that says: an HTTP status, or 200 for an `error` event."""
+    response = client.post("/chatkit", json=asked(operation, **params))
+    if response.status_code == 200:
+        [event] = validated(operation, chatkit_events(response.text))
+        assert event["type"] == "error" and event["code"] == "custom"
+        return 200, event["message"]
     assert 400 <= response.status_code < 500, response.text
-    assert list(response.json()) == ["detail"]
-    detail = response.json()["detail"]
-    assert isinstance(detail, str) and detail
+    detail = str(response.json()["detail"])
+    assert response.json() == {"detail": detail, "message": detail} and detail
     return response.status_code, detail
 
 
-def create(client: Client, text: str = "hello", **fields: Any) -> str:
-    """Begin a thread; its id."""
-    events = exchange(client, "threads.create", input=user_input(text, **fields))
-    return str(events[0]["thread"]["id"])
+def create(client: Client, text: str = "hello", **fields: Any) -> list[dict[str, Any]]:
+    """Begin a thread."""
+    return list(exchange(client, "threads.create", input=user_input(text, **fields)))
 
 
-def send(client: Client, thread_id: str, text: str, **fields: Any) -> list[dict[str, Any]]:
-    events = exchange(client, "threads.add_user_message", thread_id=thread_id, input=user_input(text, **fields))
-    assert isinstance(events, list)
-    return events
+def send(client: Client, text: str, thread_id: str = "1", **fields: Any) -> list[dict[str, Any]]:
+    """Go on in a thread."""
+    message = user_input(text, **fields)
+    return list(exchange(client, "threads.add_user_message", thread_id=thread_id, input=message))
 
 
-def items(client: Client, thread_id: str, *types: str) -> list[dict[str, Any]]:
+def items(client: Client, *types: str, thread_id: str = "1") -> list[dict[str, Any]]:
     """What is in a thread, oldest first; only of some types where those are given."""
-    page = exchange(client, "items.list", thread_id=thread_id, limit=100, order="asc")
+    page = exchange(client, "items.list", thread_id=thread_id, limit=1000, order="asc")
     assert not page["has_more"]
     return [item for item in page["data"] if not types or item["type"] in types]
 
 
-def texts(client: Client, thread_id: str) -> list[str]:
+def texts(client: Client) -> list[str]:
     """What the person and the model said."""
-    return [item["content"][0]["text"] for item in items(client, thread_id, "user_message", "assistant_message")]
+    return [item["content"][0]["text"] for item in items(client, "user_message", "assistant_message")]
+
+
+def items_in(events: list[dict[str, Any]], *types: str) -> list[dict[str, Any]]:
+    """The items that events bring."""
+    found = [event["item"] for event in events if "item" in event]
+    return [item for item in found if not types or item["type"] in types]
 
 
 def last_item(events: list[dict[str, Any]]) -> dict[str, Any]:
-    item = [event["item"] for event in events if "item" in event][-1]
-    assert isinstance(item, dict)
-    return item
+    return items_in(events)[-1]
+
+
+def updates_in(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event["update"] for event in events if "update" in event]
 
 
 def shape(events: list[dict[str, Any]]) -> list[str]:
-    """Event types; with the type of the update or of the item, where there is one."""
-    return [
-        event["update"]["type"]
-        if "update" in event
-        else " ".join(filter(None, [event["type"], event.get("item", {}).get("type", "")]))
-        for event in events
-    ]
+    """Event types; with the type of the item where there is one, and for an update the type of that."""
+    types = [(event["type"], event.get("item", {}).get("type"), event.get("update", {})) for event in events]
+    return [update.get("type") or (f"{event} {item}" if item else event) for event, item, update in types]
 
 
 CARD = {"type": "Card", "children": [{"id": "t", "type": "Text", "value": "hi"}]}
-CHOICE = {
-    "type": "multiple_choice",
-    "id": "q1",
-    "question": "Which?",
-    "options": [{"value": "a"}, {"value": "b"}],
-    "multiple": False,
-}
+CHOICE = {"type": "multiple_choice", "id": "q1", "question": "Which?", "multiple": False}
+CHOICE["options"] = [{"value": "a"}, {"value": "b"}]
 SEVERAL = {**CHOICE, "id": "q2", "question": "Which ones?", "multiple": True}
 OPEN = {"type": "freeform", "id": "q3", "question": "Why?", "description": "In your words"}
+Wrapper = RunContextWrapper[ck.TurnContext]
 
 
 @function_tool
-async def pick(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
-    """Have the frontend say what is selected."""
+async def choose(wrapper: Wrapper) -> Any:
     return wrapper.context.client_tool("get_selection", {"x": 1})
 
 
 @function_tool
-async def survey(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
-    """Ask the person."""
+async def survey(wrapper: Wrapper) -> Any:
     return wrapper.context.ask([CHOICE, SEVERAL, OPEN])
 
 
 @function_tool
-async def draw(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-    """Show a card."""
+async def draw(wrapper: Wrapper) -> str:
     return str(await wrapper.context.widget(CARD, copy_text="a card"))
 
 
 @function_tool
-async def bustle(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-    """Say what one is doing."""
-    context = wrapper.context
-    await context.progress("Searching…", icon="search")
-    await context.effect("flash", {"times": 2, "colour": None})
-    await context.notice("warning", "Slow today", title="Mind")
-    context.emit({"type": "thinking", "content": "Nearly there"})
-    return "bustled"
-
-
-@function_tool
-async def locale(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-    """Tell the person's language."""
-    return wrapper.context.locale
-
-
-PROTOCOL_TOOLS: list[Any] = [echo, pick, survey, draw, bustle, locale]
+async def bustle(wrapper: Wrapper) -> None:
+    await wrapper.context.progress("Searching…", icon="search")
+    await wrapper.context.effect("flash", {"times": 2, "colour": None})
+    await wrapper.context.notice("warning", "Slow today", title="Mind")
 
 
 def talker(*responses: list[Any]) -> Agent[Any]:
     """A scripted agent with all the tools above."""
-    return scripted(*responses, tools=PROTOCOL_TOOLS)
-
-
-def seen(agent: Agent[Any], call: int = -1) -> list[Any]:
-    """What the model was given at a call, the last one if none is named."""
-    assert isinstance(agent.model, Script)
-    return agent.model.seen[call]
+    return scripted(*responses, tools=[echo, choose, survey, draw, bustle])
 
 
 def shown(agent: Agent[Any]) -> str:
     """All that the model was given at its last call, as text."""
-    return json.dumps(seen(agent), ensure_ascii=False)
+    return json.dumps(shown_to(agent), ensure_ascii=False)
 
 
 async def redraw(context: ck.TurnContext, action: dict[str, Any], item: dict[str, Any] | None) -> None:
-    """An action handler: says "changed" on the widget, or what the action asks for."""
+    """An action handler: says "changed" on the widget, or fails as the action asks."""
     if action["type"] == "refuse":
         raise ValueError("no such action")
     if action["type"] == "break":
         raise RuntimeError("a bug in the handler")
-    if action["type"] == "bustle":
-        await context.progress("Working")
-        await context.effect("flash")
-        await context.widget(CARD)
     if item is not None:
-        await context.replace_widget(item["id"], item["extra"]["widget"], copy_text="changed")
+        await context.replace_widget(item["id"], item["widget"], copy_text="changed")
 
 
-MODEL_REQUEST: Any = httpx.Request("POST", "http://model")
-FULL: list[list[Any]] = [
-    [Think("Let "), Think("me "), Call("echo", {"text": "x"}), Call("bustle")],
-    ["Echoed."],
-    [Call("pick")],  # completed
-    ["Selected."],
-    [Call("pick")],  # not answered
-    ["Never mind."],
-    [Call("survey")],  # answered
-    ["Thanks."],
-    [Call("survey")],  # skipped
-    ["As you like."],
-    [Call("draw")],
-    ["Drawn."],
-    [openai.APIConnectionError(request=MODEL_REQUEST)],
-    [Call("pick"), Call("survey")],  # both pending
-]
-TAG = {
-    "type": "input_tag",
-    "id": "u1",
-    "text": "Ann",
-    "data": {"team": None, "path": [None, {"deep": None}], "n": 1.0},
-    "group": "People",
-    "interactive": True,
-}
+@pytest.fixture
+def chat() -> Iterator[Client]:
+    """A server that says ok."""
+    with serving(talker(["ok"])) as client:
+        yield client
 
 
-def full_thread(client: Client) -> tuple[str, list[dict[str, Any]]]:
-    """A thread with an item of every type in every state, and all the events it took; for `talker(*FULL)`."""
-    content = [{"type": "input_text", "text": "Ask "}, TAG, {"type": "input_text", "text": " about it"}]
-    options = {"tool_choice": {"id": "echo"}}
-    events = exchange(
-        client,
-        "threads.create",
-        input=user_input("", content=content, quoted_text="what\nyou said", inference_options=options),
-    )
-    thread_id = events[0]["thread"]["id"]
-    events += send(client, thread_id, "pick")
-    events += exchange(client, "threads.add_client_tool_output", thread_id=thread_id, result={"selected": [1, None]})
-    events += send(client, thread_id, "pick again")
-    events += send(client, thread_id, "I will not")
-    for answers in (
-        {"status": "answered", "answers": {"q1": {"values": ["a"]}, "q3": {"skipped": True}}},
-        {"status": "skipped", "answers": {}},
-    ):
-        events += send(client, thread_id, "ask me")
-        item_id = items(client, thread_id, "structured_input")[-1]["id"]
-        events += exchange(client, "threads.add_structured_input", thread_id=thread_id, item_id=item_id, input=answers)
-    events += send(client, thread_id, "draw")
-    widget_id = items(client, thread_id, "widget")[0]["id"]
-    target = {"thread_id": thread_id, "item_id": widget_id}
-    for kind in ("toggle", "bustle", "break"):
-        events += exchange(client, "threads.custom_action", **target, action={"type": kind, "payload": {"id": None}})
-    exchange(client, "threads.sync_custom_action", **target, action={"type": "toggle"})
-    events += send(client, thread_id, "fail")
-    events += send(client, thread_id, "pick and ask")
-    return thread_id, events
-
-
-def test_every_event_and_every_item_is_of_the_sdks_types(tmp_path: Path) -> None:
-    optional("chatkit.types")
-    database = str(tmp_path / "chat.db")
-    with in_process(talker(*FULL), database=database, on_action=redraw) as client:
-        thread_id, events = full_thread(client)
-        before = items(client, thread_id)
-        exchange(client, "items.feedback", thread_id=thread_id, item_ids=[before[0]["id"]], kind="negative")
-        exchange(client, "threads.update", thread_id=thread_id, title="Anything")
-        exchange(client, "threads.retry_after_item", thread_id=create(client), item_id=str(int(before[-1]["id"]) + 1))
-        exchange(client, "threads.delete", thread_id=exchange(client, "threads.list")["data"][0]["id"])
-    assert " ".join(sorted({event["type"] for event in events})) == (
-        "client_effect error notice progress_update stream_options "
-        "thread.created thread.item.added thread.item.done thread.item.replaced thread.item.updated"
-    )
-    assert sorted({f"{item['type']} {item.get('status', '')}".strip() for item in before}) == [
-        *("assistant_message", "client_tool_call completed", "client_tool_call pending"),
-        *("structured_input answered", "structured_input pending", "structured_input skipped"),
-        *("task", "user_message", "widget", "workflow"),
-    ]
-    final = {e["item"]["id"]: e["item"] for e in events if e["type"] in ("thread.item.done", "thread.item.replaced")}
-    assert set(final) == {item["id"] for item in before}
-    # That a client tool's call is completed is the one thing that the stream need not say: the frontend knows.
-    assert [final[i["id"]] for i in before if "output" not in i] == [i for i in before if "output" not in i]
-    with in_process(talker(*FULL), database=database) as client:
-        assert items(client, thread_id) == before
-        assert exchange(client, "threads.get_by_id", thread_id=thread_id)["items"]["data"] == before[:20]
-
-
-TOKENS = ["tok ", "tok ", "tok "]
+TOKENS: list[Any] = ["tok ", "tok ", "tok "]
 MESSAGE = ["thread.item.done user_message", "stream_options"]
-ANSWER = [
-    "thread.item.added assistant_message",
-    "assistant_message.content_part.added",
-    *["assistant_message.content_part.text_delta"] * 3,
-    "assistant_message.content_part.done",
-    "thread.item.done assistant_message",
-]
+PART = "assistant_message.content_part."
+SPOKEN = [f"{PART}added", *[f"{PART}text_delta"] * 3, f"{PART}done"]
+ANSWER = ["thread.item.added assistant_message", *SPOKEN, "thread.item.done assistant_message"]
+CALLED = [*MESSAGE, "progress_update"]
 
 
-def test_the_events_are_those_of_the_recorded_exchange() -> None:
+def test_the_events_are_those_of_the_recorded_exchange_and_what_they_end_in_is_stored(tmp_path: Path) -> None:
     agent = talker(
-        *[TOKENS] * 3,  # hello, again, retried
-        [Call("echo", {"text": "x"})],
-        TOKENS,
-        [Call("pick")],
-        TOKENS,
-        [Call("draw")],
-        TOKENS,
-        [Call("survey")],
-        TOKENS,
-        [RuntimeError("boom")],
-    )
-    with in_process(agent, on_action=redraw) as client:
+        *[TOKENS] * 3, [Call("echo", {"text": "x"})], TOKENS, [Call("choose")], TOKENS,
+        [Call("draw")], TOKENS, [Call("survey")], TOKENS, [RuntimeError("boom")], [Call("bustle")], [],
+    )  # fmt: skip
+    database, every = str(tmp_path / "chat.db"), list[dict[str, Any]]()
+    with serving(agent, on_action=redraw, database=database) as client:
 
         def exchanged(operation: str, **params: Any) -> list[str]:
-            return shape(exchange(client, operation, **params))
+            events = exchange(client, operation, **params)
+            every.extend(events)
+            return [event for event in shape(events) if event != "thread.item.added task"]  # the one addition
 
         def message(text: str) -> list[str]:
-            return exchanged("threads.add_user_message", thread_id="1", input=user_input(text))
+            return exchanged("threads.add_user_message", input=user_input(text))
 
-        def last(kind: str) -> str:
-            return str(items(client, "1", kind)[-1]["id"])
-
-        assert exchanged("threads.create", input=user_input("hello")) == ["thread.created", *MESSAGE, *ANSWER]
+        events = create(client, "hello")
+        assert shape(events) == ["thread.created", *MESSAGE, *ANSWER]
+        empty = {"annotations": [], "text": "", "type": "output_text"}
+        full = {**empty, "text": "tok tok tok "}
+        parts: list[Any] = [{"content": empty}, *[{"delta": "tok "}] * 3, {"content": full}]
+        updates = zip(SPOKEN, parts, strict=True)
+        assert updates_in(events) == [{"type": kind, "content_index": 0, **part} for kind, part in updates]
+        assert [item["content"] for item in items_in(events, "assistant_message")] == [[], [full]]
         assert message("again") == [*MESSAGE, *ANSWER]
-        retried = exchanged("threads.retry_after_item", thread_id="1", item_id="1")
-        assert retried == ["stream_options", *ANSWER]
-        assert message("task") == [*MESSAGE, "progress_update", "thread.item.done task", *ANSWER]
-        # The recorded server showed these three without the model's having called a tool; here a tool does it.
-        assert message("clienttool") == [*MESSAGE, "progress_update", "thread.item.done client_tool_call"]
-        output = exchanged("threads.add_client_tool_output", thread_id="1", result={"selected": [1]})
-        assert output == ["stream_options", *ANSWER]
-        drawn = ["progress_update", "thread.item.done widget", "thread.item.done task"]
-        assert message("widget") == [*MESSAGE, *drawn, *ANSWER]
-        action = {"type": "toggle", "payload": {"id": 1}}
-        acted = exchanged("threads.custom_action", thread_id="1", item_id=last("widget"), action=action)
-        assert acted == ["stream_options", "thread.item.replaced widget"]
-        assert message("question") == [*MESSAGE, "progress_update", "thread.item.done structured_input"]
+        assert exchanged("threads.retry_after_item", item_id="1") == ["stream_options", *ANSWER]
+        assert message("task") == [*CALLED, "thread.item.done task", *ANSWER]
+        added, done = items_in(every, "task")
+        assert (added["id"], added["task"]["status_indicator"]) == (done["id"], "loading")
+        assert (done["task"]["title"], done["task"]["status_indicator"]) == ("echo", "complete")
+        assert {"type": "progress_update", "text": "Running echo"} in every and '"x"' in done["task"][
+            "content"
+        ]
+        # The recorded server showed these three without a tool call of the model's.
+        assert message("clienttool") == [*CALLED, "thread.item.done client_tool_call"]
+        assert exchanged("threads.add_client_tool_output", result=[1]) == ["stream_options", *ANSWER]
+        assert message("widget") == [*CALLED, "thread.item.done widget", "thread.item.done task", *ANSWER]
+        target = {"item_id": items(client, "widget")[0]["id"], "action": {"type": "toggle", "payload": {}}}
+        replaced = ["stream_options", "thread.item.replaced widget"]
+        assert exchanged("threads.custom_action", **target) == replaced
+        assert message("question") == [*CALLED, "thread.item.done structured_input"]
         answers = {"status": "answered", "answers": {"q1": {"values": ["a"]}}}
-        answered = exchanged(
-            "threads.add_structured_input", thread_id="1", item_id=last("structured_input"), input=answers
-        )
-        assert answered == ["stream_options", "thread.item.replaced structured_input", *ANSWER]
+        question = {"item_id": last_item(every)["id"], "input": answers}
+        answered = ["stream_options", "thread.item.replaced structured_input", *ANSWER]
+        assert exchanged("threads.add_structured_input", **question) == answered
         assert message("boom") == [*MESSAGE, "error"]
+        message("bustle")
+        before = items(client)
+    assert {"type": "client_effect", "name": "flash", "data": {"times": 2, "colour": None}} in every
+    assert {"type": "progress_update", "text": "Searching…", "icon": "search"} in every
+    assert {"type": "notice", "level": "warning", "message": "Slow today", "title": "Mind"} in every
+    final = {item["id"]: item for item in items_in(every)}
+    told = [item for item in before[1:] if "output" not in item]  # a client tool's output is sent, not told
+    assert [final[item["id"]] for item in told] == told
+    with serving(agent, database=database) as client:
+        assert items(client) == before
 
 
-def test_the_first_answer_is_the_recorded_one_word_for_word() -> None:
-    def item(number: int, **fields: Any) -> dict[str, Any]:
-        return {"id": f"<{number}>", "thread_id": "<1>", "created_at": "<time>", **fields}
-
-    def part(text: str) -> dict[str, Any]:
-        return {"annotations": [], "text": text, "type": "output_text"}
-
-    def update(kind: str, **fields: Any) -> dict[str, Any]:
-        kind = f"assistant_message.content_part.{kind}"
-        return {"type": "thread.item.updated", "item_id": "<2>", "update": {"type": kind, "content_index": 0, **fields}}
-
-    thread = {
-        "title": "hello",  # the one addition
-        "id": "<1>",
-        "created_at": "<time>",
-        "status": {"type": "active"},
-        "metadata": {},
-        "items": {"data": [], "has_more": False},
-    }
-    words = [{"type": "input_text", "text": "hello"}]
-    mine = item(1, type="user_message", content=words, attachments=[], inference_options={})
-    with in_process(talker(TOKENS)) as client:
-        events = exchange(client, "threads.create", input=user_input("hello"))
-
-    def masked(value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):
-            return {key: masked(child, key) for key, child in value.items()}
-        if isinstance(value, list):
-            return [masked(child) for child in value]
-        return "<time>" if name == "created_at" else f"<{value}>" if name in ("id", "thread_id", "item_id") else value
-
-    assert masked(events) == [
-        {"type": "thread.created", "thread": thread},
-        {"type": "thread.item.done", "item": mine},
-        {"type": "stream_options", "stream_options": {"allow_cancel": True}},
-        {"type": "thread.item.added", "item": item(2, type="assistant_message", content=[])},
-        update("added", content=part("")),
-        *[update("text_delta", delta="tok ")] * 3,
-        update("done", content=part("tok tok tok ")),
-        {"type": "thread.item.done", "item": item(2, type="assistant_message", content=[part("tok tok tok ")])},
-    ]
+def test_a_conversation_goes_on_in_the_other_dialect() -> None:
+    agent = talker(["one"], [Call("choose", call_id="c")], ["two"], ["three"])
+    with serving(agent) as client:
+        client.send_message("first")
+        send(client, "second")
+        client.post("/api/conversations/1/tool_output", json={"id": "c", "result": [1]}).raise_for_status()
+        client.send_message("third", 1)
+        assert texts(client) == ["first", "one", "second", "two", "third", "three"]
+        assert all(word in shown(agent) for word in texts(client)[:-1])
 
 
-# ---- ids
+def test_reasoning_is_a_workflow_whose_thought_grows_and_says_how_long_it_took() -> None:
+    with serving(talker([Think("Let "), Think("me "), Think("see"), "Done."])) as client:
+        events = create(client)
+        begun, final = items_in(events, "workflow")
+        assert begun["workflow"] == {"type": "reasoning", "tasks": [], "expanded": False}
+        assert [task["content"] for task in final["workflow"]["tasks"]] == ["Let me see"]
+        assert type(final["workflow"]["summary"]["duration"]) is int
+        assert items(client, "workflow") == [final]
+        first, *others = [update for update in updates_in(events) if "task" in update]
+        assert first["type"] == "workflow.task.added"
+        assert {update["type"] for update in others} <= {"workflow.task.updated"}
+        grown = [update["task"]["content"] for update in [first, *others]]  # what came together may be one
+        assert all("Let me see".startswith(text) for text in grown) and grown[-1] == "Let me see"
 
 
-def test_ids_of_the_stream_are_those_of_the_store() -> None:
-    with in_process(talker(["one"], ["two"])) as client:
-        created, message, _, added, *_ = exchange(client, "threads.create", input=user_input("hello"))
-        thread_id, user_id, answer_id = created["thread"]["id"], message["item"]["id"], added["item"]["id"]
-        assert [item["id"] for item in items(client, thread_id)] == [user_id, answer_id]
-        exchange(client, "items.feedback", thread_id=thread_id, item_ids=[answer_id], kind="positive")
-        again = exchange(client, "threads.retry_after_item", thread_id=thread_id, item_id=user_id)
-        new_id = again[1]["item"]["id"]
-        assert new_id != answer_id and [item["id"] for item in items(client, thread_id)] == [user_id, new_id]
-        assert {event["item_id"] for event in again if "item_id" in event} == {new_id}
-
-
-def test_five_answers_of_a_model_that_gives_one_id_to_all_are_there_after_a_restart(tmp_path: Path) -> None:
-    database = str(tmp_path / "chat.db")
-    with serving(talker(*([f"answer {n}"] for n in range(5))), database=database) as client:
-        thread_id = create(client, "question 0")
-        for n in range(1, 5):
-            send(client, thread_id, f"question {n}")
-    with serving(database=database) as client:
-        assert texts(client, thread_id) == [text for n in range(5) for text in (f"question {n}", f"answer {n}")]
-        assert len({item["id"] for item in items(client, thread_id)}) == 10
-
-
-# ---- one conversation, two dialects
-
-
-def test_a_conversation_goes_on_in_the_other_dialect_and_shows_in_rest() -> None:
-    agent = talker(["one"], ["two"], ["three"])
-    with in_process(agent) as client:
-        thread_id = create(client, "first")
-        assert said(client.send_message("second", thread_id)) == "two"
-        send(client, thread_id, "third")
-        wanted = ["first", "one", "second", "two", "third", "three"]
-        assert texts(client, thread_id) == wanted
-        assert [message["content"] for message in client.messages(int(thread_id))] == wanted
-        assert all(word in shown(agent) for word in ("first", "one", "second", "two", "third"))
-        assert [row["id"] for row in client.get("/api/conversations").json()] == [int(thread_id)]
-
-
-def test_a_conversation_of_the_plain_dialect_opens_in_chatkit() -> None:
-    with in_process(talker([Call("echo", {"text": "x"})], ["done"])) as client:
-        thread_id = str(client.send_message("begin here")[0]["thread_id"])
-        thread = exchange(client, "threads.get_by_id", thread_id=thread_id)
-        assert thread["title"] == "begin here"
-        assert [item["type"] for item in thread["items"]["data"]] == ["user_message", "task", "assistant_message"]
-        exchange(client, "threads.update", thread_id=thread_id, title="Renamed")
-        assert client.get(f"/api/conversations/{thread_id}").json()["title"] == "Renamed"
-        exchange(client, "threads.delete", thread_id=thread_id)
-        assert client.get(f"/api/conversations/{thread_id}").status_code == 404
-
-
-# ---- tools and thoughts
-
-
-def test_a_tool_call_is_progress_while_it_runs_and_a_task_when_it_is_done() -> None:
-    with in_process(talker([Call("echo", {"text": "x"})], ["done"])) as client:
-        events = exchange(client, "threads.create", input=user_input("hello"))
-        assert {"type": "progress_update", "text": "Running echo"} in events
-        task = next(event["item"] for event in events if event.get("item", {}).get("type") == "task")
-        assert task["task"]["title"] == "echo" and task["task"]["status_indicator"] == "complete"
-        assert '"x"' in task["task"]["content"]
-        assert items(client, "1", "task") == [task]
-        assert task in exchange(client, "threads.get_by_id", thread_id="1")["items"]["data"]
-
-
-def test_reasoning_is_a_workflow_whose_thought_grows() -> None:
-    with in_process(talker([Think("Let "), Think("me "), Think("see"), "Done."])) as client:
-        events = exchange(client, "threads.create", input=user_input("hello"))
-        added = next(event["item"] for event in events if event["type"] == "thread.item.added")
-        assert added["workflow"] == {"type": "reasoning", "tasks": [], "expanded": False}
-        updates = [event["update"] for event in events if event.get("item_id") == added["id"]]
-        assert [update["type"] for update in updates] == ["workflow.task.added", *["workflow.task.updated"] * 2]
-        assert [update["task"]["content"] for update in updates] == ["Let ", "Let me ", "Let me see"]
-        final = items(client, "1", "workflow")
-        assert [task["content"] for task in final[0]["workflow"]["tasks"]] == ["Let me see"]
-        assert {"type": "thread.item.done", "item": final[0]} in events
-
-
-def test_progress_effects_and_notices_arrive_while_the_tool_runs() -> None:
-    gate = Wait()
-
-    @function_tool
-    async def slow(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-        """Take one's time."""
-        await wrapper.context.progress("Searching…", icon="search")
-        await wrapper.context.effect("flash", {"times": 2})
-        await wrapper.context.notice("info", "Patience")
-        await gate.pass_through()
-        return "found"
-
-    with serving(scripted([Call("slow")], ["done"], tools=[slow])) as client:
-        request = {"type": "threads.create", "params": {"input": user_input("hello")}}
-        with client.stream("POST", "/chatkit", json=request) as response:
-            lines = (line for line in response.iter_lines() if line)
-            early = [json.loads(next(lines)[6:]) for _ in range(7)]
-            assert gate.reached.is_set() and not gate.gate.is_set()
-            gate.gate.set()
-            late = [json.loads(line[6:]) for line in lines]
-    validated("", early + late)
-    assert early[4:] == [
-        {"type": "progress_update", "text": "Searching…", "icon": "search"},
-        {"type": "client_effect", "name": "flash", "data": {"times": 2}},
-        {"type": "notice", "level": "info", "message": "Patience"},
-    ]
-    assert shape(late)[0] == "thread.item.done task"
+TAG = {"type": "input_tag", "id": "u1", "text": "Ann", "group": "People", "interactive": True}
+TAG["data"] = {"team": None, "path": [None, {"deep": None}], "n": 1.0}
 
 
 def test_quotes_and_tags_are_kept_returned_and_told_apart_for_the_model() -> None:
     agent = talker(["ok"])
     content = [{"type": "input_text", "text": "Ask "}, TAG]
-    with in_process(agent) as client:
-        events = exchange(client, "threads.create", input=user_input("", content=content, quoted_text="some words"))
-        item = events[1]["item"]
-        assert item["content"] == content and item["quoted_text"] == "some words"
-        assert items(client, "1", "user_message") == [item]
-        parts = [part["text"] for part in seen(agent, 0)[0]["content"]]
-        assert parts[-1] == "Ask @Ann"
-        assert "some words" in parts[0] and "quote" in parts[0]
-        assert '"u1"' in parts[1] and '"deep": null' in parts[1]
-        assert events[0]["thread"]["title"] == "Ask @Ann"
+    with serving(agent) as client:
+        events = create(client, content=content, quoted_text="some words")
+        item = items_in(events)[0]
+        assert item == {**item, "content": content, "quoted_text": "some words"} == items(client)[0]
+        quote, tag, words = [part["text"] for part in shown_to(agent)[0]["content"]]
+        assert words == "Ask @Ann" == events[0]["thread"]["title"]
+        assert "some words" in quote and "quote" in quote and '"u1"' in tag and '"deep": null' in tag
 
 
-def test_a_message_may_be_as_long_as_the_limit_however_many_parts_it_has() -> None:
-    halves = [{"type": "input_text", "text": "ü" * 10}] * 2
-    with in_process(talker(["ok"]), max_message_chars=20) as client:
-        create(client, content=halves)
-        assert refused(client, "threads.create", input=user_input("ü" * 21))[0] == 413
-        assert refused(client, "threads.create", input=user_input("ü", content=halves, quoted_text="x"))[0] == 413
+# ---- the stop button, retry, and failures
+
+
+def streaming(client: Client, operation: str = "threads.create", **params: Any) -> Any:
+    """A request whose answer is read as it comes; `hello` where nothing else is named."""
+    body = asked(operation, **params or {"input": user_input("hello")})
+    return client.stream("POST", "/chatkit", json=body)
 
 
 @pytest.mark.parametrize(
-    ("header", "wanted"), [("de-DE", "de-DE"), ("fr, en;q=0.5", "fr"), ("pt-BR;q=0.9", "pt-BR"), ("", "en")]
+    ("setting", "answer", "status"), [("cancel", "One ", "cancelled"), ("continue", "One two", "done")]
 )
-def test_the_locale_reaches_the_tools(header: str, wanted: str) -> None:
-    with in_process(talker([Call("locale")], ["ok"])) as client:
-        client.headers["Accept-Language"] = header
-        create(client)
-        assert items(client, "1", "task")[0]["task"]["content"].endswith(wanted)
-
-
-# ---- the stop button
-
-
-def stop_after(client: Client, wait: Wait, text: str) -> str:
-    """Begin a thread, close the connection when the model waits, as the stop button does; the thread's id."""
-    request = {"type": "threads.create", "params": {"input": user_input("hello")}}
-    with client.stream("POST", "/chatkit", json=request) as response:
-        for line in response.iter_lines():
-            if text in line:
-                break
-        until(wait.reached.is_set)
-    return response.headers["x-thread-id"]
-
-
-def test_the_stop_button_closes_the_models_request_and_keeps_what_was_said() -> None:
-    wait = Wait()
-    with serving(talker(["One ", "two", wait, " three"])) as client:
-        thread_id = stop_after(client, wait, '"two"')
-        assert wait.left.wait(1)
-        until(lambda: client.messages(int(thread_id))[-1]["status"] == "cancelled")
-        assert texts(client, thread_id) == ["hello", "One two"]
-
-
-def test_the_model_is_told_of_the_stop_and_no_client_is() -> None:
-    wait = Wait()
-    agent = talker(["One", wait], ["Fine."])
-    with serving(agent) as client:
-        thread_id = stop_after(client, wait, '"One"')
-        until(lambda: client.messages(int(thread_id))[-1]["status"] == "cancelled")
-        events = until(lambda: (r := client.post("/chatkit", json=again(thread_id))).status_code == 200 and r.text)
-        assert ck.STOPPED in shown(agent)
-        answers = [events, client.get(f"/api/conversations/{thread_id}").text]
-        for limit in (1, 2, 3, 4, 5):
-            for order in ("asc", "desc"):
-                pages = walk(client, "items.list", limit=limit, order=order, thread_id=thread_id)
-                assert len([item for page in pages for item in page["data"]]) == 4
-                answers.append(json.dumps(pages))
-        answers.append(json.dumps(exchange(client, "threads.get_by_id", thread_id=thread_id)))
-        assert not [answer for answer in answers if "stopped" in answer or "system" in answer]
-        assert [item["id"] for item in items(client, thread_id)] == ["1", "2", "4", "5"]  # 3 is the hidden one
-        assert refused(client, "items.list", thread_id=thread_id, after="3")[0] == 404
-        assert refused(client, "threads.retry_after_item", thread_id=thread_id, item_id="3")[0] == 404
-        assert refused(client, "items.feedback", thread_id=thread_id, item_ids=["3"], kind="positive")[0] == 404
-
-
-def again(thread_id: str) -> dict[str, Any]:
-    return {"type": "threads.add_user_message", "params": {"thread_id": thread_id, "input": user_input("go on")}}
-
-
-def test_with_continue_a_turn_goes_on_without_its_reader() -> None:
-    wait = Wait()
-    with serving(talker(["One ", wait, "two"]), on_disconnect="continue") as client:
-        thread_id = stop_after(client, wait, '"One "')
+def test_the_stop_button_stops_the_model_which_is_told_and_no_client_is(
+    setting: str, answer: str, status: str
+) -> None:
+    wait, stopped = Wait(), setting == "cancel"
+    agent = talker(["One ", wait, "two"], ["Fine."])
+    with serving(agent, on_disconnect=setting) as client:
+        with streaming(client) as response:
+            next(line for line in response.iter_lines() if '"One "' in line)
+            until(wait.reached.is_set)
+        assert stopped == wait.left.wait(0.2)
         wait.gate.set()
-        until(lambda: client.messages(int(thread_id))[-1]["status"] == "done")
-        assert texts(client, thread_id) == ["hello", "One two"]
+        until(lambda: client.get("/api/conversations/1/stream").status_code == 204)
+        assert texts(client) == ["hello", answer] and client.messages(1)[-1]["status"] == status
+        answers: list[Any] = [send(client, "go on"), client.messages(1), items(client)]
+        assert stopped == ("stopped" in shown(agent))
+        assert "stopped" not in json.dumps(answers) and '"system"' not in json.dumps(answers)
+        ids = {int(item["id"]) for item in answers[2]}
+        for hidden in set(range(1, max(ids))) - ids:
+            assert refused(client, "items.list", after=str(hidden))[0] == 404
+            assert refused(client, "threads.retry_after_item", item_id=str(hidden))[0] == 404
 
 
-def is_answering(client: Client, thread_id: str) -> bool:
-    with client.stream("GET", f"/api/conversations/{thread_id}/stream") as response:
-        return response.status_code == 200
+def test_retry_removes_what_came_after_also_a_failure_and_answers_anew() -> None:
+    agent = talker(["one"], ["Half", RuntimeError("no")], ["three"], ["anew"])
+    with serving(agent) as client:
+        create(client, "first")
+        events = send(client, "second")
+        assert events[-1]["type"] == "error" and texts(client)[2:] == ["second", "Half"]
+        send(client, "third")
+        again = exchange(client, "threads.retry_after_item", item_id=items_in(events)[0]["id"])
+        assert texts(client) == ["first", "one", "second", "anew"] and len(client.messages(1)) == 4
+        assert {event["item_id"] for event in again if "item_id" in event} == {items(client)[-1]["id"]}
+        assert "Half" not in shown(agent) and "third" not in shown(agent)
+        before, foreign = items(client), items_in(create(client))[0]["id"]
+        for item_id, status in [(before[1]["id"], 400), (foreign, 404), ("x", 404)]:
+            assert refused(client, "threads.retry_after_item", item_id=item_id)[0] == status
+        assert items(client) == before
 
 
-def test_a_reader_that_leaves_at_once_stops_the_turn_too() -> None:
-    wait = Wait()
-    with serving(talker([wait])) as client:
-        body = json.dumps({"type": "threads.create", "params": {"input": user_input("hello")}})
-        head = "POST /chatkit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection:
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        until(lambda: client.get("/api/conversations").json())
-        until(lambda: not is_answering(client, "1"))
-        assert wait.left.is_set() or not wait.reached.is_set()
-        assert texts(client, "1") == ["hello"]
+ODD_EVENTS: list[Any] = [
+    {}, "nothing", {"type": "mine", "n": math.nan}, {"type": "thinking", "content": "\ud83d"},
+    {"type": "progress", "content": 5}, {"type": "effect", "name": None}, {"type": "thinking"},
+    {"type": "notice", "message": "x", "level": "shout"}, {"type": "done", "status": "completed"},
+    {"type": "item"}, {"type": "thread.item.done"}, {"type": "thread.item.removed", "item_id": "999"},
+]  # fmt: skip
 
 
-def test_deleting_the_thread_that_answers_ends_its_stream_properly() -> None:
-    wait = Wait()
-    with serving(talker(["One", wait])) as client:
-        request = {"type": "threads.create", "params": {"input": user_input("hello")}}
-        with client.stream("POST", "/chatkit", json=request) as response:
-            until(wait.reached.is_set)
-            exchange(client, "threads.delete", thread_id="1")
-            events = validated("", chatkit_events(response.read().decode()))
-        assert "error" not in kinds(events) and wait.left.is_set()
-        assert refused(client, "threads.get_by_id", thread_id="1")[0] == 404
+def test_whatever_a_tool_streams_the_stream_stays_whole() -> None:
+    @function_tool
+    async def odd(wrapper: Wrapper, number: int) -> None:
+        await wrapper.context.stream(ODD_EVENTS[number])
 
-
-# ---- retry
-
-
-def test_retry_removes_what_came_after_and_answers_anew() -> None:
-    agent = talker(["one"], ["two"], ["three"], ["anew"])
-    with in_process(agent) as client:
-        thread_id = create(client, "first")
-        second = send(client, thread_id, "second")[0]["item"]["id"]
-        send(client, thread_id, "third")
-        exchange(client, "threads.retry_after_item", thread_id=thread_id, item_id=second)
-        assert texts(client, thread_id) == ["first", "one", "second", "anew"]
-        assert len(client.messages(int(thread_id))) == 4
-        assert "two" not in shown(agent) and "third" not in shown(agent)
-
-
-def test_retry_refuses_what_is_not_a_message_of_the_person_in_this_thread() -> None:
-    with in_process(talker([Call("echo", {"text": "x"})], ["one"], ["two"])) as client:
-        thread_id, other = create(client, "first"), create(client, "other")
-        before = items(client, thread_id)
-        foreign = items(client, other)[0]["id"]
-        wrong = [item["id"] for item in before[1:]] + [foreign, "999", "0", "-1", "x", "", "1.0", str(2**63)]
-        statuses = [refused(client, "threads.retry_after_item", thread_id=thread_id, item_id=i)[0] for i in wrong]
-        assert statuses == [400, 400] + [404] * 8
-        assert refused(client, "threads.retry_after_item", thread_id="999", item_id=before[0]["id"])[0] == 404
-        assert items(client, thread_id) == before and len(items(client, other)) == 2
-
-
-def test_a_thread_that_answers_refuses_a_retry_a_message_and_an_action() -> None:
-    wait = Wait()
-    with serving(talker(["One", wait]), on_action=redraw) as client:
-        request = {"type": "threads.create", "params": {"input": user_input("hello")}}
-        with client.stream("POST", "/chatkit", json=request) as response:
-            until(wait.reached.is_set)
-            thread_id = response.headers["x-thread-id"]
-            before = items(client, thread_id)
-            for operation, params in {
-                "threads.retry_after_item": {"item_id": before[0]["id"]},
-                "threads.add_user_message": {"input": user_input("more")},
-                "threads.add_client_tool_output": {"result": 1},
-                "threads.custom_action": {"action": {"type": "toggle"}},
-                "threads.add_structured_input": {"item_id": before[0]["id"], "input": {}},
-            }.items():
-                assert refused(client, operation, thread_id=thread_id, **params)[0] == 409, operation
-            wait.gate.set()
-            response.read()
-        assert [item["id"] for item in items(client, thread_id)] == [item["id"] for item in before]
+    calls = [Call("odd", {"number": number}) for number in range(len(ODD_EVENTS))]
+    with serving(scripted(calls, ["Done."], tools=[odd])) as client:
+        assert last_item(create(client)) == items(client)[-1] and texts(client)[-1] == "Done."
+        assert client.send_message("hi")[-1]["status"] == "completed"
 
 
 # ---- pages
 
 
-def walk(client: Client, operation: str, between: Callable[[], Any] = lambda: None, **params: Any) -> list[Any]:
-    """All pages, each asked for with the `after` of the one before; `between` is called in between."""
-    pages = [exchange(client, operation, **params)]
-    while pages[-1]["has_more"]:
-        assert pages[-1]["after"] == pages[-1]["data"][-1]["id"]
+def pages(client: Client, operation: str, between: Callable[[], Any] = int, **params: Any) -> list[list[str]]:
+    """The ids of all pages, each asked for with the `after` of the one before; calls `between` in between."""
+    found = [exchange(client, operation, **params)]
+    while found[-1]["has_more"]:
+        assert found[-1]["after"] == found[-1]["data"][-1]["id"]
         between()
-        pages.append(exchange(client, operation, **params, after=pages[-1]["after"]))
-    assert "after" not in pages[-1]
-    return pages
+        found.append(exchange(client, operation, **{**params, "after": found[-1]["after"]}))
+    assert "after" not in found[-1]
+    return [[row["id"] for row in page["data"]] for page in found]
 
 
-def ids_of(pages: list[Any]) -> list[str]:
-    return [row["id"] for page in pages for row in page["data"]]
+@pytest.mark.parametrize("operation", ["threads.list", "items.list"])
+def test_pages_are_right_at_every_boundary_and_stable_while_rows_are_added(
+    chat: Client, operation: str
+) -> None:
+    assert pages(chat, "threads.list", limit=1) == [[]]
+    for _ in range(4):
+        create(chat)
+    send(chat, "more")
+    ids = ["1", "2", "3", "4"] if operation == "threads.list" else [item["id"] for item in items(chat)]
+    for order, wanted in (("asc", ids), ("desc", ids[::-1])):
+        for limit in (1, 3, 4, 5):
+            cut = [wanted[at : at + limit] for at in range(0, 4, limit)]
+            assert pages(chat, operation, limit=limit, order=order) == cut
+    more = functools.partial(lambda: [create(chat), send(chat, "even more")])
+    assert pages(chat, operation, more, order="desc", limit=1) == [[each] for each in ids[::-1]]
 
 
-@pytest.mark.parametrize("order", ["asc", "desc"])
-def test_pages_are_right_at_every_boundary(order: str) -> None:
-    with in_process(talker(["ok"])) as client:
-        assert walk(client, "threads.list", limit=1, order=order) == [{"data": [], "has_more": False}]
-        for number in range(1, 5):
-            create(client, f"thread {number}")
-        for _ in range(2):
-            send(client, "1", "more")
-        first = [item["id"] for item in items(client, "1")]
-        assert len(first) == 6
-        tables: list[tuple[str, list[str], dict[str, Any]]] = [
-            ("threads.list", ["1", "2", "3", "4"], {}),
-            ("items.list", first, {"thread_id": "1"}),
-        ]
-        for operation, ids, params in tables:
-            wanted = ids if order == "asc" else ids[::-1]
-            for limit in range(1, len(ids) + 2):
-                pages = walk(client, operation, limit=limit, order=order, **params)
-                assert [[row["id"] for row in page["data"]] for page in pages] == [
-                    wanted[at : at + limit] for at in range(0, len(ids), limit)
-                ]
-            end = exchange(client, operation, order=order, after=wanted[-1], **params)
-            assert end == {"data": [], "has_more": False}
+# ---- client tools and questions
+
+RESULTS: list[Any] = [{"selected": [1]}, None, "", 0, False, [], {"a": None}, "é\u2028\0"]
 
 
-def test_pages_are_stable_while_rows_are_added() -> None:
-    with in_process(talker(["ok"])) as client:
-        for _ in range(4):
-            create(client)
-        send(client, "1", "more")
-
-        def add() -> None:
-            create(client)
-            send(client, "1", "even more")
-
-        tables: list[tuple[str, dict[str, Any]]] = [("threads.list", {}), ("items.list", {"thread_id": "1"})]
-        for operation, params in tables:
-            known = ids_of(walk(client, operation, order="asc", **params))
-            assert ids_of(walk(client, operation, add, order="desc", limit=1, **params)) == known[::-1]
-            added = iter([add, add])
-            up = ids_of(walk(client, operation, lambda: next(added, bool)(), order="asc", limit=3, **params))  # noqa: B023
-            assert up == ids_of(walk(client, operation, order="asc", **params)) and len(up) > len(known)
+def outputs(agent: Agent[Any]) -> list[Any]:
+    """The results of tools that the model was shown."""
+    return [item["output"] for item in shown_to(agent) if item.get("type") == "function_call_output"]
 
 
-def test_an_opened_thread_has_its_first_twenty_items_and_says_where_to_go_on() -> None:
-    with in_process(talker(["ok"])) as client:
-        create(client)
-        for _ in range(10):
-            send(client, "1", "more")
-        page = exchange(client, "threads.get_by_id", thread_id="1")["items"]
-        assert len(page["data"]) == 20 and page["has_more"] and page["after"] == page["data"][-1]["id"]
-        rest = exchange(client, "items.list", thread_id="1", order="asc", after=page["after"])
-        assert len(rest["data"]) == 2 and not rest["has_more"]
-        assert exchange(client, "items.list", thread_id="1")["data"] == (page["data"] + rest["data"])[:1:-1]
-
-
-def test_an_after_that_does_not_exist_is_not_found() -> None:
-    with in_process(talker(["ok"]), jwt_secret=SECRET) as client:
-        client.headers.update(bearer("ann"))
-        create(client)
-        foreign = items(client, create(client))[0]["id"]
-        client.headers.update(bearer("bob"))
-        create(client)
-        for after in ("999", "0", "x", "", "-1", "1", "2", "1" * 40):
-            assert refused(client, "threads.list", after=after)[0] == 404
-        for after in ("999", "0", "x", foreign):
-            assert refused(client, "items.list", thread_id="3", after=after)[0] == 404
-
-
-# ---- feedback, status, who may
-
-
-def test_feedback_is_kept_can_be_changed_and_is_seen_in_rest() -> None:
-    with in_process(talker(["ok"])) as client:
-        create(client)
-        exchange(client, "items.feedback", thread_id="1", item_ids=["2"], kind="positive")
-        assert [message["feedback"] for message in client.messages(1)] == [None, "positive"]
-        exchange(client, "items.feedback", thread_id="1", item_ids=["1", "2", "2"], kind="negative")
-        assert [message["feedback"] for message in client.messages(1)] == ["negative", "negative"]
-
-
-@pytest.mark.parametrize("item_ids", [["999"], ["2", "999"], ["x"], ["4"], ["2", ""]])
-def test_feedback_for_an_item_that_is_not_there_changes_none(item_ids: list[str]) -> None:
-    with in_process(talker(["ok"])) as client:
-        create(client), create(client)
-        assert refused(client, "items.feedback", thread_id="1", item_ids=item_ids, kind="positive")[0] == 404
-        assert {message["feedback"] for number in (1, 2) for message in client.messages(number)} == {None}
-
-
-@pytest.mark.parametrize("status", ["locked", "closed"])
-def test_a_thread_that_is_not_active_says_so_and_refuses_messages_in_both_dialects(status: str) -> None:
-    with in_process(talker(["ok"])) as client:
-        create(client)
-        client.patch("/api/conversations/1", json={"status": status, "reason": "Holidays"}).raise_for_status()
-        wanted = {"type": status, "reason": "Holidays"}
-        assert exchange(client, "threads.get_by_id", thread_id="1")["status"] == wanted
-        assert exchange(client, "threads.list")["data"][0]["status"] == wanted
-        code, detail = refused(client, "threads.add_user_message", thread_id="1", input=user_input("more"))
-        assert code == 409 and "Holidays" in detail
-        assert refused(client, "threads.retry_after_item", thread_id="1", item_id="1")[0] == 409
-        plain = client.post("/chatkit", json={"message": "more", "thread_id": 1})
-        assert plain.status_code == 409 and "Holidays" in plain.json()["detail"]
-        assert len(items(client, "1")) == 2
-        client.patch("/api/conversations/1", json={"status": "active"}).raise_for_status()
-        assert exchange(client, "threads.get_by_id", thread_id="1")["status"] == {"type": "active"}
-        send(client, "1", "more")
-
-
-def test_another_users_thread_is_not_found_whatever_the_operation() -> None:
-    with in_process(talker([Call("draw")], ["ok"]), jwt_secret=SECRET, on_action=redraw) as client:
-        client.headers.update(bearer("ann"))
-        create(client)
-        before = items(client, "1")
-        widget = items(client, "1", "widget")[0]["id"]
-        client.headers.update(bearer("bob"))
-        for operation, params in VALID.items():
-            if "thread_id" in params:
-                params = {**params, "thread_id": "1", **({"item_id": widget} if "item_id" in params else {})}
-                assert refused(client, operation, **params) == (404, "Conversation not found"), operation
-        assert exchange(client, "threads.list")["data"] == []
-        client.headers.update(bearer("ann"))
-        assert items(client, "1") == before
-
-
-# ---- failures
-
-
-def status_error(kind: type[openai.APIStatusError], status: int) -> openai.APIStatusError:
-    response: Any = httpx.Response(status, request=MODEL_REQUEST)
-    return kind("your key sk-0123456789abcdef is wrong", response=response, body=None)
-
-
-@pytest.mark.parametrize(
-    ("error", "allow_retry"),
-    [
-        (openai.APIConnectionError(request=MODEL_REQUEST), True),
-        (status_error(openai.RateLimitError, 429), True),
-        (status_error(openai.AuthenticationError, 401), False),
-        (status_error(openai.BadRequestError, 400), False),
-        (RuntimeError("password: hunter2"), True),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_a_failing_model_ends_the_stream_with_a_safe_error(error: Exception, allow_retry: bool) -> None:
-    with in_process(talker(["One "], ["Half", error], ["whole"])) as client:
-        create(client)
-        events = send(client, "1", "more")
-        assert events[-1] == {
-            "type": "error",
-            "code": "custom",
-            "message": ck.explain(error)[1],
-            "allow_retry": allow_retry,
-        }
-        assert "sk-" not in json.dumps(events) and "hunter2" not in json.dumps(events)
-        assert texts(client, "1") == ["hello", "One ", "more", "Half"]
-        retried = exchange(client, "threads.retry_after_item", thread_id="1", item_id="3")
-        assert retried[-1]["type"] == "thread.item.done"
-        assert texts(client, "1") == ["hello", "One ", "more", "whole"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    ['{"text": NaN}', '{"text": [1e999]}', '{"text": ' + "9" * 5000 + "}", "", "nothing"],
-    ids=lambda text: text[:20],
-)
-def test_arguments_that_are_not_quite_json_do_not_end_the_answer(arguments: str) -> None:
-    with in_process(talker([Call("echo", arguments)], ["Done."])) as client:
-        events = exchange(client, "threads.create", input=user_input("hello"))
-        assert events[-1]["item"]["content"][0]["text"] == "Done."
-        plain = client.send_message("more", 1)
-        assert plain[-1]["status"] == "completed"
-
-
-@pytest.mark.parametrize(
-    "result",
-    ["[NaN]", '{"a": "\\ud83d"}', "[1e999]", "\ud83d", "", *["[" * depth + "]" * depth for depth in (970, 3000)]],
-)
-@pytest.mark.parametrize("dialect", ["plain", "chatkit"])
-def test_a_result_that_is_not_quite_json_does_not_break_the_stream(result: str, dialect: str) -> None:
-    @function_tool
-    async def odd(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-        """Answer oddly."""
-        return result
-
-    def strict(text: str) -> Any:
-        raise AssertionError(f"{text} is not JSON")
-
-    body = (
-        {"message": "hello"} if dialect == "plain" else {"type": "threads.create", "params": {"input": user_input("h")}}
-    )
-    with in_process(scripted([Call("odd")], ["Done."], tools=[odd])) as client:
-        text = client.post("/chatkit", json=body).text
-        frames = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
-        events = [json.loads(frame, parse_constant=strict) for frame in frames]
-        assert "Done." in json.dumps(events[-3:]) and "error" not in kinds(events)
-
-
-@pytest.mark.parametrize(
-    "event",
-    [
-        {"type": "progress"},
-        {"type": "progress", "content": "x"},
-        {"type": "effect", "name": "x"},
-        {"type": "notice", "message": "x", "level": "shout"},
-        {"type": "thinking", "content": 5},
-        {"type": "thinking"},
-        {"type": "widget", "id": 1},
-        {"type": "mine", "n": float("nan")},
-        {"type": "thinking", "content": "\ud83d"},
-    ],
-    ids=json.dumps,
-)
-def test_whatever_a_tool_emits_the_stream_stays_whole(event: dict[str, Any]) -> None:
-    @function_tool
-    async def odd(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-        """Emit something."""
-        wrapper.context.emit(event)
-        return "emitted"
-
-    with in_process(scripted([Call("odd")], ["Done."], tools=[odd])) as client:
-        assert last_item(exchange(client, "threads.create", input=user_input("hi")))["content"][0]["text"] == "Done."
-        assert said(client.send_message("hi")) == "Done."
-
-
-# ---- client tools
-
-
-def test_a_client_tool_waits_and_its_output_lets_the_agent_go_on() -> None:
-    agent = talker([Call("pick", call_id="call_1")], ["You selected 1."])
-    with in_process(agent) as client:
-        pending = last_item(exchange(client, "threads.create", input=user_input("hello")))
-        call = {"call_id": "call_1", "name": "get_selection", "arguments": {"x": 1}}
-        assert {**pending, **call, "type": "client_tool_call", "status": "pending"} == pending
-        assert items(client, "1", "client_tool_call") == [pending]
-        exchange(client, "threads.add_client_tool_output", thread_id="1", result={"selected": [1]})
-        assert items(client, "1", "client_tool_call") == [
-            {**pending, "status": "completed", "output": {"selected": [1]}}
-        ]
-        history = seen(agent)
-        assert [item.get("type") for item in history[-2:]] == ["function_call", "function_call_output"]
-        assert json.loads(history[-1]["output"]) == {"selected": [1]} and history[-1]["call_id"] == "call_1"
+def test_a_client_tool_waits_for_its_output_which_may_be_any_json_and_comes_once() -> None:
+    agent = talker(*([Call("choose", call_id="call_1")], ["You selected it."]) * len(RESULTS))
+    with serving(agent) as client:
+        for number, result in enumerate(RESULTS, 1):
+            at, pending = {"thread_id": str(number)}, last_item(create(client))
+            call = {"call_id": "call_1", "name": "get_selection", "arguments": {"x": 1}, "status": "pending"}
+            assert {**pending, **call, "type": "client_tool_call"} == pending
+            assert items(client, "client_tool_call", **at) == [pending]
+            events = exchange(client, "threads.add_client_tool_output", **at, result=result)
+            assert last_item(events)["content"][0]["text"] == "You selected it."
+            [item] = items(client, "client_tool_call", **at)
+            assert item == {**item, **pending, "status": "completed"}
+            assert canonical(item.get("output")) == canonical(result)
+            assert number > 1 or json.loads(outputs(agent)[0]) == result
+            assert "pending" in refused(client, "threads.add_client_tool_output", **at, result=1)[1]
 
 
 def test_of_two_pending_calls_one_is_completed_and_the_other_closed() -> None:
-    agent = talker([Call("pick"), Call("pick")], ["ok"])
-    with in_process(agent) as client:
+    agent = talker([Call("choose"), Call("choose")], ["ok"])
+    with serving(agent) as client:
         create(client)
-        events = exchange(client, "threads.add_client_tool_output", thread_id="1", result="mine")
-        assert shape(events)[:2] == ["stream_options", "thread.item.replaced client_tool_call"]
-        assert [item.get("output") for item in items(client, "1", "client_tool_call")] == [None, "mine"]
-        history = seen(agent)
-        outputs = [item["output"] for item in history if item.get("type") == "function_call_output"]
-        assert len(outputs) == 2 and "did not answer" in outputs[0] and outputs[1] == "mine"
+        exchange(client, "threads.add_client_tool_output", result="mine")
+        assert "did not" in outputs(agent)[0] and outputs(agent)[1] == "mine"
+        assert [item.get("status") for item in items(client, "client_tool_call")] == ["completed"]
 
 
-@pytest.mark.parametrize("result", [None, "", "text", 0, False, [], {}, {"a": None}, "é\u2028\0"], ids=json.dumps)
-def test_a_client_tools_output_may_be_any_json(result: Any) -> None:
-    with in_process(talker([Call("pick")], ["ok"])) as client:
-        create(client)
-        assert exchange(client, "threads.add_client_tool_output", thread_id="1", result=result)[-1]["type"] != "error"
-        item = items(client, "1", "client_tool_call")[0]
-        assert item["status"] == "completed" and item.get("output") == result
-
-
-def test_an_output_that_nobody_waits_for_is_refused() -> None:
-    with in_process(talker(["ok"], [Call("pick")], ["done"])) as client:
-        create(client)
-        assert refused(client, "threads.add_client_tool_output", thread_id="1", result=1)[0] == 409
-        send(client, "1", "pick")
-        exchange(client, "threads.add_client_tool_output", thread_id="1", result=1)
-        assert refused(client, "threads.add_client_tool_output", thread_id="1", result=2)[0] == 409
-        assert items(client, "1", "client_tool_call")[0]["output"] == 1
-
-
-@pytest.mark.parametrize(("tool", "kind"), [("pick", "client_tool_call"), ("survey", "structured_input")])
-def test_a_new_message_closes_what_was_pending_and_the_model_is_told(tool: str, kind: str) -> None:
+@pytest.mark.parametrize(("tool", "became"), [("choose", None), ("survey", "skipped")])
+def test_a_new_message_closes_what_was_pending_and_the_model_is_told(tool: str, became: str | None) -> None:
     agent = talker([Call(tool)], ["Never mind."])
-    with in_process(agent) as client:
-        create(client)
-        events = send(client, "1", "something else")
-        assert f"thread.item.replaced {kind}" in shape(events)
-        assert [item["status"] for item in items(client, "1", kind)] in (["completed"], ["skipped"])
-        output = [item for item in seen(agent) if item.get("type") == "function_call_output"]
-        assert len(output) == 1 and "did not answer" in output[0]["output"]
-        assert refused(client, "threads.add_client_tool_output", thread_id="1", result=1)[0] == 409
+    with serving(agent) as client:
+        pending = last_item(create(client))
+        events = send(client, "something else")
+        now = next(item for item in items(client) if item["id"] == pending["id"])
+        # A client tool's call that was overtaken looks neither pending nor completed.
+        assert now.get("status") == became and {"type": "thread.item.replaced", "item": now} in events
+        assert ["did not" in output for output in outputs(agent)] == [True]
 
 
-def test_a_client_tool_begun_in_chatkit_can_be_answered_in_the_plain_dialect() -> None:
-    with in_process(
-        talker([Call("pick", call_id="c")], ["Thanks."], [Call("pick", call_id="d")], ["Again."])
-    ) as client:
-        create(client)
-        response = client.post("/api/conversations/1/tool_output", json={"id": "c", "result": [1]})
-        assert "Thanks." in response.text
-        assert [event["type"] for event in client.send_message("more", 1)][-2:] == ["client_tool", "done"]
-        events = exchange(client, "threads.add_client_tool_output", thread_id="1", result=[2])
-        assert last_item(events)["content"][0]["text"] == "Again."
-
-
-@pytest.mark.parametrize(
-    ("tool", "operation"), [("pick", "threads.add_client_tool_output"), ("survey", "threads.add_structured_input")]
-)
-def test_the_model_that_a_message_asked_for_goes_on_with_it(
-    tool: str, operation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = {"demo": Script(["default"]), "other": Script([Call(tool)], ["chosen"])}
-    monkeypatch.setattr(ck.Models, "_make", lambda self, name: made[name])
-    with in_process(Agent(name="Two", tools=PROTOCOL_TOOLS), models=("other",)) as client:
+def test_the_model_that_a_message_asked_for_goes_on_with_it() -> None:
+    agent: Agent[Any] = Agent(name="Two", tools=[choose])
+    script: list[list[Any]] = [[Call("choose")], ["ok"]]
+    with talking_to("chat", *script, agent=agent, models="other=gpt-y") as (client, provider):
         create(client, inference_options={"model": "other"})
-        given = {"result": 1} if tool == "pick" else {"item_id": "2", "input": {}}
-        events = exchange(client, operation, thread_id="1", **given)
-        assert last_item(events)["content"][0]["text"] == "chosen"
+        exchange(client, "threads.add_client_tool_output", result=1)
+        send(client, "more")
+        assert [request["body"]["model"] for request in provider.requests] == ["gpt-y", "gpt-y", "gpt-x"]
 
-
-# ---- questions
 
 ANSWERS: list[tuple[Any, list[Any]]] = [
-    ({"answers": {"q1": {"values": ["a"]}}}, [["a"], None, None]),
-    ({"answers": {"q1": {"values": ["a", "b"]}, "q2": {"values": ["a", "b"]}}}, [["a"], ["a", "b"], None]),
-    ({"answers": {"q1": {"values": ["mine"]}, "q3": {"values": ["Because."]}}}, [["mine"], None, ["Because."]]),
-    ({"answers": {"q9": {"values": ["a"]}, "q1": {"values": ["b"]}}}, [["b"], None, None]),
-    ({"answers": {"q1": {"values": ["a"], "skipped": True}}}, [None, None, None]),
-    ({"status": "skipped", "answers": {"q1": {"values": ["a"]}}}, [None, None, None]),
-    ({}, [None, None, None]),
+    ({"answers": {"q1": {"values": ["a", "b"]}, "q2": {"values": ["a", "b"]}}}, [["a"], ["a", "b"], []]),
+    ({"answers": {"q1": {"values": ["mine"]}, "q3": {"values": ["Because."]}}}, [["mine"], [], ["Because."]]),
+    ({"answers": {"q9": {"values": ["a"]}, "q1": {"values": ["a"], "skipped": True}}}, [[], [], []]),
+    ({"status": "skipped", "answers": {"q1": {"values": ["a"]}}}, [[], [], []]),
 ]
 
 
-@pytest.mark.parametrize(("given", "wanted"), ANSWERS)
-def test_answers_are_recorded_and_the_agent_goes_on_knowing_them(given: Any, wanted: list[Any]) -> None:
-    agent = talker([Call("survey")], ["Thanks."])
-    with in_process(agent) as client:
-        pending = last_item(exchange(client, "threads.create", input=user_input("hello")))
-        assert pending["status"] == "pending" and pending["inputs"] == [CHOICE, SEVERAL, OPEN]
-        assert items(client, "1", "structured_input") == [pending]
-        events = exchange(client, "threads.add_structured_input", thread_id="1", item_id=pending["id"], input=given)
-        item = events[1]["item"]
-        assert events[1]["type"] == "thread.item.replaced" and item["id"] == pending["id"]
-        assert item["status"] == given.get("status", "answered")
-        answers = [question["answer"] for question in item["inputs"]]
-        assert answers == [{"values": values or [], "skipped": values is None} for values in wanted]
-        assert items(client, "1", "structured_input") == [item]
-        for values in wanted:
-            assert all(json.dumps(value) in shown(agent).replace('\\"', '"') for value in values or [])
-        assert "Thanks." in json.dumps(events)
-
-
-def test_questions_are_answered_once() -> None:
-    with in_process(talker([Call("survey")], ["Thanks."])) as client:
-        item = last_item(exchange(client, "threads.create", input=user_input("hello")))
-        params = {"thread_id": "1", "item_id": item["id"], "input": {"answers": {"q1": {"values": ["a"]}}}}
-        exchange(client, "threads.add_structured_input", **params)
-        before = items(client, "1")
-        assert refused(client, "threads.add_structured_input", **params)[0] == 409
-        for wrong, status in (("1", 400), (before[-1]["id"], 400), ("999", 404), ("x", 404)):
-            assert refused(client, "threads.add_structured_input", **{**params, "item_id": wrong})[0] == status
-        assert items(client, "1") == before
+def test_answers_are_recorded_once_and_the_agent_goes_on_knowing_them() -> None:
+    agent = talker(*([Call("survey")], ["Thanks."]) * len(ANSWERS))
+    with serving(agent) as client:
+        for number, (given, wanted) in enumerate(ANSWERS, 1):
+            at, pending = {"thread_id": str(number)}, last_item(create(client))
+            assert pending["status"] == "pending" and pending["inputs"] == [CHOICE, SEVERAL, OPEN]
+            answer = {"input": given, **at}
+            events = exchange(client, "threads.add_structured_input", **answer, item_id=pending["id"])
+            item = items_in(events)[0]
+            assert (item["id"], item["status"]) == (pending["id"], given.get("status", "answered"))
+            answers = [question["answer"] for question in item["inputs"]]
+            assert answers == [{"values": values, "skipped": not values} for values in wanted]
+            for value in itertools.chain(*wanted):
+                assert json.dumps(value) in shown(agent).replace('\\"', '"')
+            before = items(client, **at)
+            assert item in before and last_item(events) == before[-1]
+            for wrong, status in [(item["id"], 200), (before[0]["id"], 400), ("99", 404)]:
+                assert refused(client, "threads.add_structured_input", **answer, item_id=wrong)[0] == status
+            assert items(client, **at) == before
 
 
 # ---- widgets and actions
 
 
 def test_an_action_replaces_the_widget_in_the_stream_and_in_the_store() -> None:
-    with in_process(talker([Call("draw")], ["ok"]), on_action=redraw) as client:
+    with serving(talker([Call("draw")], ["ok"]), on_action=redraw) as client:
         create(client)
-        widget = items(client, "1", "widget")[0]
+        [widget] = items(client, "widget")
         assert widget["widget"] == CARD and widget["copy_text"] == "a card"
-        action = {"type": "toggle", "payload": {"id": 1}}
-        events = exchange(client, "threads.custom_action", thread_id="1", item_id=widget["id"], action=action)
+        target = {"item_id": widget["id"], "action": {"type": "toggle", "payload": {"id": 1}}}
         changed = {**widget, "copy_text": "changed"}
-        assert events[1:] == [{"type": "thread.item.replaced", "item": changed}]
-        assert items(client, "1", "widget") == [changed]
-
-
-def test_a_synchronous_action_returns_the_widget_as_it_is_then() -> None:
-    with in_process(talker([Call("draw")], ["ok"]), on_action=redraw) as client:
-        create(client)
-        widget = items(client, "1", "widget")[0]
-        answer = exchange(
-            client, "threads.sync_custom_action", thread_id="1", item_id=widget["id"], action={"type": "toggle"}
-        )
-        assert answer == {"updated_item": {**widget, "copy_text": "changed"}}
-        assert items(client, "1", "widget") == [answer["updated_item"]]
-        assert exchange(client, "threads.sync_custom_action", thread_id="1", action={"type": "x"}) == {}
-
-
-@pytest.mark.parametrize("operation", ["threads.custom_action", "threads.sync_custom_action"])
-def test_an_action_without_a_handler_or_on_no_widget_is_refused(operation: str) -> None:
-    with in_process(talker(["ok"])) as client:
-        create(client)
-        status, detail = refused(client, operation, thread_id="1", action={"type": "toggle"})
-        assert status == 400 and "on_action" in detail
-    with in_process(talker(["ok"]), on_action=redraw) as client:
-        create(client)
-        for item_id, status in (("1", 400), ("2", 400), ("3", 404), ("x", 404)):
-            assert refused(client, operation, thread_id="1", item_id=item_id, action={"type": "x"})[0] == status
-
-
-def test_an_action_that_the_handler_refuses_is_an_error_in_either_form() -> None:
-    with in_process(talker(["ok"]), on_action=redraw) as client:
-        create(client)
-        action = {"type": "refuse"}
-        assert exchange(client, "threads.custom_action", thread_id="1", action=action)[-1]["type"] == "error"
-        assert refused(client, "threads.sync_custom_action", thread_id="1", action=action)[0] == 400
-
-
-def test_a_bug_in_the_action_handler_is_an_answer_that_a_frontend_can_read() -> None:
-    with in_process(talker(["ok"]), on_action=redraw) as client:
-        create(client)
-        params = {"thread_id": "1", "action": {"type": "break"}}
-        assert exchange(client, "threads.custom_action", **params)[-1]["type"] == "error"
-        response = client.post("/chatkit", json={"type": "threads.sync_custom_action", "params": params})
-        assert response.status_code == 500 and response.json() == {"detail": "Something went wrong while answering."}
+        assert items_in(exchange(client, "threads.custom_action", **target)) == [changed]
+        assert items(client, "widget") == [changed]
+        assert exchange(client, "threads.sync_custom_action", **target) == {"updated_item": changed}
+        assert exchange(client, "threads.sync_custom_action", action={"type": "x"}) == {}
 
 
 def test_a_reader_that_leaves_during_an_action_has_stopped_no_answer() -> None:
-    wait = Wait()
-    agent = talker(["ok"])
+    wait, agent = Wait(), talker(["ok"])
 
-    async def slow(context: ck.TurnContext, action: dict[str, Any], item: dict[str, Any] | None) -> None:
+    async def slow(context: ck.TurnContext, action: Any, item: Any) -> None:
         await wait.pass_through()
 
     with serving(agent, on_action=slow) as client:
         create(client)
-        request = {"type": "threads.custom_action", "params": {"thread_id": "1", "action": {"type": "x"}}}
-        with client.stream("POST", "/chatkit", json=request):
+        with streaming(client, "threads.custom_action", action={"type": "x"}):
             until(wait.reached.is_set)
-        until(lambda: wait.left.is_set() and not is_answering(client, "1"))
-        send(client, "1", "more")
-        assert ck.STOPPED not in shown(agent)
+        until(wait.left.is_set)
+        send(client, "more")
+        assert "stopped" not in shown(agent)
 
 
 def test_ticking_a_task_in_the_assistants_list_completes_it_in_the_database() -> None:
-    with in_process() as client:
-        create(client, "add buy milk to my list")
-        send(client, "1", "add call Ann to my list")
-        events = send(client, "1", "show my tasks")
-        widget = next(event["item"] for event in events if event.get("item", {}).get("type") == "widget")
-        boxes = widget["widget"]["children"]
-        assert [(box["label"], box["defaultChecked"]) for box in boxes] == [("buy milk", False), ("call Ann", False)]
-        target = {"thread_id": "1", "item_id": widget["id"]}
-
-        def action(box: dict[str, Any]) -> dict[str, Any]:
-            return {key: box["onChangeAction"][key] for key in ("type", "payload")}
-
-        replaced = exchange(client, "threads.custom_action", **target, action=action(boxes[0]))[1]
-        assert replaced["type"] == "thread.item.replaced"
-        assert [task["done"] for task in client.get("/api/tasks").json()] == [True, False]
-        boxes = replaced["item"]["widget"]["children"]
-        assert [box["defaultChecked"] for box in boxes] == [True, False]
-        item = exchange(client, "threads.sync_custom_action", **target, action=action(boxes[0]))["updated_item"]
-        assert [task["done"] for task in client.get("/api/tasks").json()] == [False, False]
-        assert items(client, "1", "widget") == [item]
-        assert "1. buy milk" in item["copy_text"] and "(done)" not in item["copy_text"]
-        for payload in (None, 5, {}, {"id": "1"}, {"id": True}, {"id": None}):
-            wrong = {"type": "toggle_task", "payload": payload}
-            assert refused(client, "threads.sync_custom_action", **target, action=wrong)[0] == 400
-        gone = {"type": "toggle_task", "payload": {"id": 999}}
-        assert "notice" in kinds(exchange(client, "threads.custom_action", **target, action=gone))
+    with serving() as client:
+        create(client, "add buy milk"), send(client, "show my tasks")
+        for operation, wanted in (("custom_action", True), ("sync_custom_action", False)):
+            [widget] = items(client, "widget")
+            tick = widget["widget"]["children"][0]["onChangeAction"]
+            action = {name: tick[name] for name in ("type", "payload")}
+            exchange(client, f"threads.{operation}", item_id=widget["id"], action=action)
+            [widget] = items(client, "widget")
+            assert widget["widget"]["children"][0]["defaultChecked"] == wanted
+            assert ("1. buy milk (done)" in widget["copy_text"]) == wanted
+            assert client.get("/api/tasks").json()[0]["done"] == wanted
+        for number, answer in (("1", "error"), (99, "notice")):
+            action = {"type": "toggle_task", "payload": {"id": number}}
+            assert answer in kinds(exchange(client, "threads.custom_action", action=action))
 
 
-def test_a_ticked_task_stays_another_users() -> None:
-    with in_process(jwt_secret=SECRET) as client:
-        for user in ("ann", "bob"):
-            client.headers.update(bearer(user))
-            create(client, "add buy milk to my list")
-        action = {"type": "toggle_task", "payload": {"id": 1}}
-        exchange(client, "threads.sync_custom_action", thread_id="2", action=action)
-        client.headers.update(bearer("ann"))
-        assert [task["done"] for task in client.get("/api/tasks").json()] == [False]
+# ---- files and dictation
+
+PNG, PNG_URL = base64.b64decode(PIXEL), f"data:image/png;base64,{PIXEL}"
 
 
-# ---- choices
-
-
-def test_a_model_or_tool_that_is_not_there_is_refused_with_what_is() -> None:
-    with in_process(talker(["ok"])) as client:
-        create(client)
-        for options, known in (
-            ({"model": "gpt-x"}, "demo"),
-            ({"tool_choice": {"id": "rm"}}, "echo"),
-            ({"model": ""}, "demo"),
-        ):
-            message = user_input("hello", inference_options=options)
-            status, detail = refused(client, "threads.add_user_message", thread_id="1", input=message)
-            assert status == 400 and known in detail
-        for body in ({"model": "gpt-x"}, {"tool_choice": "rm"}):
-            assert client.post("/chatkit", json={"message": "hi", **body}).status_code == 400
-        assert len(items(client, "1")) == 2
-
-
-def test_a_choice_reaches_the_model_and_comes_back_with_the_message() -> None:
-    agent = talker(["ok"])
-    options = {"tool_choice": {"id": "echo"}, "model": "demo"}
-    with in_process(agent) as client:
-        assert isinstance(agent.model, Script)
-        create(client, inference_options={"tool_choice": {"id": "echo"}})
-        assert agent.model.settings[0].tool_choice == "echo"
-        create(client)
-        assert agent.model.settings[-1].tool_choice is None
-        create(client, inference_options=options)
-        assert items(client, "3", "user_message")[0]["inference_options"] == options
-
-
-# ---- files
-
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
-
-
-def form(data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> dict[str, tuple[str, bytes, str]]:
+def form(data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> Any:
     return {"file": (name, data, mime_type)}
+
+
+def announce(client: Client, name: str = "a.txt", size: int = 3, mime_type: str = "text/plain") -> Any:
+    """The first phase of an upload: the attachment's id, and where to send it."""
+    announced = exchange(client, "attachments.create", name=name, size=size, mime_type=mime_type)
+    url = announced["upload_descriptor"]["url"]
+    assert announced["upload_descriptor"] == {"url": url, "method": "POST", "headers": {}}
+    return announced["id"], url
 
 
 def upload(client: Client, data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> dict[str, Any]:
     """A file in two phases; the attachment."""
-    announced = exchange(client, "attachments.create", name=name, size=len(data), mime_type=mime_type)
-    descriptor = announced.pop("upload_descriptor")
-    assert descriptor["method"] == "POST" and descriptor["headers"] == {}
-    stored = client.post(descriptor["url"], files=form(data, name, mime_type))
-    assert stored.status_code == 200, stored.text
-    assert validated("attachments.create", stored.json()) == announced
-    return announced
+    _, url = announce(client, name, len(data), mime_type)
+    stored = client.post(url, files=form(data, name, mime_type)).raise_for_status()
+    return dict(validated("attachments.create", stored.json()))
 
 
-def test_a_file_is_announced_uploaded_sent_and_there_after_a_restart(tmp_path: Path) -> None:
+def fetched(client: Client, *files: Any) -> list[Any]:
+    """What comes for files: their bytes, or a status."""
+    responses = [client.get(f"/attachments/{file['id']}") for file in files]
+    return [response.content if response.is_success else response.status_code for response in responses]
+
+
+def test_a_file_is_announced_uploaded_sent_there_after_a_restart_and_can_run_nothing(tmp_path: Path) -> None:
     database = str(tmp_path / "chat.db")
-    with in_process(talker(["ok"]), database=database) as client:
+    with serving(talker(["ok"]), database=database) as client:
         text, image = upload(client, b"abc"), upload(client, PNG, "a.png", "image/png")
-        assert (text["type"], text["name"], text["mime_type"]) == ("file", "a.txt", "text/plain")
-        assert image["type"] == "image" and client.get(image["preview_url"]).content == PNG
-        message = user_input("see", attachments=[text["id"], image["id"]])
-        item = exchange(client, "threads.create", input=message)[1]["item"]
-        assert item["attachments"] == [{**file, "thread_id": "1"} for file in (text, image)]
-    with in_process(talker(["ok"]), database=database) as client:
-        assert items(client, "1", "user_message") == [item]
-        assert client.get(f"/attachments/{text['id']}").content == b"abc"
+        direct = client.post("/attachments", files=form(PNG, "ä.png", "image/png")).raise_for_status()
+        files = [text, image, validated("attachments.create", direct.json())]
+        assert [[file["type"], file["name"], file["mime_type"]] for file in files] == [
+            ["file", "a.txt", "text/plain"], ["image", "a.png", "image/png"], ["image", "ä.png", "image/png"],
+        ]  # fmt: skip
+        item = items_in(create(client, content=[], attachments=[file["id"] for file in files]))[0]
+        assert item["attachments"] == [{**file, "thread_id": "1"} for file in files]
+    with serving(talker(["ok"]), database=database) as client:
+        assert items(client, "user_message") == [item] and fetched(client, *files) == [b"abc", PNG, PNG]
+        evil = upload(client, b"<b>", 'a"\r\nX-Evil: 1\n/../é.html', "text/html")
+        headers = client.get(f"/attachments/{evil['id']}").headers  # nothing in it runs in this origin
+        assert headers["x-content-type-options"] == "nosniff" and "x-evil" not in headers
+        assert "sandbox" in headers["content-security-policy"]
+        assert headers["content-disposition"].startswith("attachment;")
 
 
-def test_a_direct_upload_gives_an_attachment() -> None:
-    with in_process(talker(["ok"])) as client:
-        response = client.post("/attachments", files=form(PNG, "ä.png", "image/png"))
-        file = validated("attachments.create", response.raise_for_status().json())
-        assert (file["type"], file["name"], file["mime_type"]) == ("image", "ä.png", "image/png")
-        create(client, attachments=[file["id"]])
-        assert items(client, "1")[0]["attachments"][0]["id"] == file["id"]
-        assert client.get(file["preview_url"]).content == PNG
-
-
-def test_a_message_may_be_files_alone() -> None:
-    with in_process(talker(["ok"])) as client:
-        file = upload(client, b"abc")
-        message = user_input("", content=[], attachments=[file["id"]])
-        item = exchange(client, "threads.create", input=message)[1]["item"]
-        assert item["content"] == [] and items(client, "1")[0] == item
-
-
-def test_images_reach_the_model_as_images_and_text_as_text() -> None:
+def test_the_model_sees_images_and_text_and_what_it_cannot_read_is_an_error() -> None:
     agent = talker(["ok"])
-    with in_process(agent) as client:
-        ids = [
-            upload(client, *file)["id"]
-            for file in ((b"some\nwords", "a.md", "text/markdown"), (PNG, "a.png", "image/png"))
-        ]
-        create(client, "look", attachments=ids)
-        for _ in range(2):
-            text, image, words = seen(agent)[0]["content"]
-            assert "some\nwords" in text["text"] and "a.md" in text["text"] and words["text"] == "look"
-            assert image["type"] == "input_image"
-            assert image["image_url"] == "data:image/png;base64," + base64.b64encode(PNG).decode()
-            send(client, "1", "again")
-
-
-def test_a_file_that_no_model_can_read_is_an_error_and_the_message_is_kept() -> None:
-    agent = talker(["ok"])
-    with in_process(agent) as client:
-        file = upload(client, b"\0\xff", "a.zip", "application/zip")
-        events = exchange(client, "threads.create", input=user_input("look", attachments=[file["id"]]))
+    with serving(agent) as client:
+        note = upload(client, b"some\nwords", "a.md", "text/markdown")
+        create(client, "look", attachments=[note["id"], upload(client, PNG, "a.png", "image/png")["id"]])
+        zipped = upload(client, b"\0\xff", "a.zip", "application/zip")
+        events = send(client, "look", attachments=[zipped["id"]])
         assert events[-1]["type"] == "error" and "a.zip" in events[-1]["message"]
-        assert items(client, "1")[0]["attachments"][0]["id"] == file["id"]
-        assert last_item(send(client, "1", "without it"))["content"][0]["text"] == "ok"
-        assert "a.zip" in shown(agent)
+        assert items(client, "user_message")[1]["attachments"][0]["id"] == zipped["id"]
+        assert last_item(send(client, "without it"))["content"][0]["text"] == "ok" and "a.zip" in shown(agent)
+        text, image, words = shown_to(agent)[0]["content"]
+        assert "some\nwords" in text["text"] and "a.md" in text["text"] and words["text"] == "look"
+        assert image == {"type": "input_image", "image_url": PNG_URL, "detail": "auto"}
 
 
-def test_a_file_is_its_owners() -> None:
-    with in_process(talker(["ok"]), jwt_secret=SECRET) as client:
-        client.headers.update(bearer("ann"))
-        file, sent = upload(client, PNG, "a.png", "image/png"), upload(client, b"abc")
-        create(client, attachments=[sent["id"]])
-        del client.headers["authorization"]
-        assert client.get(f"/attachments/{file['id']}").status_code == 401
-        assert client.post("/attachments", files=form(b"abc")).status_code == 401
-        for key in ("", "x", "null"):
-            assert client.get(f"/attachments/{file['id']}", params={"key": key}).status_code == 404
-        assert client.get(file["preview_url"]).content == PNG  # the key is what an <img> has
-        client.headers.update(bearer("bob"))
-        for each in (file, sent):
-            assert client.get(f"/attachments/{each['id']}").status_code == 404
-            assert refused(client, "attachments.delete", attachment_id=each["id"])[0] == 404
-            message = user_input("hello", attachments=[each["id"]])
-            assert refused(client, "threads.create", input=message)[0] == 404
-        assert exchange(client, "threads.list")["data"] == []
+def test_an_upload_url_works_once_and_for_what_was_announced(chat: Client) -> None:
+    file_id, url = announce(chat, mime_type="text/plain; charset=utf-8")
+    assert fetched(chat, {"id": file_id}) == [404]
+    for wrong in (url.split("?")[0], url + "x"):
+        assert chat.post(wrong, files=form(b"abc")).status_code == 404
+    for data, mime_type in [(b"ab", "text/plain"), (b"abcd", "text/plain"), (b"abc", "text/html")]:
+        response = chat.post(url, files=form(data, mime_type=mime_type))
+        assert response.status_code in (400, 413) and response.json()["detail"]
+    both = at_once(2, lambda _: chat.post(url, files=form(b"abc", "other.txt")))
+    assert sorted(response.status_code for response in both) == [200, 404]
+    assert [response.json()["name"] for response in both if response.is_success] == ["a.txt"]
+    assert fetched(chat, {"id": file_id}) == [b"abc"]
 
 
-def test_an_upload_url_works_once() -> None:
-    with in_process(talker(["ok"])) as client:
-        announced = exchange(client, "attachments.create", name="a.txt", size=3, mime_type="text/plain")
-        url = announced["upload_descriptor"]["url"]
-        assert refused(client, "threads.create", input=user_input("x", attachments=[announced["id"]]))[0] == 404
-        assert client.get(f"/attachments/{announced['id']}").status_code == 404
-        assert client.post(url.split("?")[0], files=form(b"abc")).status_code == 404
-        assert client.post(url + "x", files=form(b"abc")).status_code == 404
-        assert client.post(url, files=form(b"abc")).status_code == 200
-        assert client.post(url, files=form(b"xyz")).status_code == 404
-        assert client.get(f"/attachments/{announced['id']}").content == b"abc"
-
-
-def test_of_two_uploads_at_once_one_counts() -> None:
-    with in_process(talker(["ok"])) as client:
-        announced = exchange(client, "attachments.create", name="a.txt", size=3, mime_type="text/plain")
-        url, transport = announced["upload_descriptor"]["url"], client._transport
-        assert isinstance(transport, InProcess)
-
-        async def both() -> list[httpx.Response]:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(transport.app)) as another:
-                return await asyncio.gather(*(another.post(url, files=form(data)) for data in (b"abc", b"xyz")))
-
-        first, second = sorted(transport.loop.run_until_complete(both()), key=lambda response: response.status_code)
-        assert (first.status_code, second.status_code) == (200, 404)
-
-
-@pytest.mark.parametrize(
-    ("data", "mime_type", "status"),
-    [(b"ab", "text/plain", 400), (b"abcd", "text/plain", 413), (b"abc", "text/html", 400)],
-)
-def test_what_was_announced_is_what_is_stored(data: bytes, mime_type: str, status: int) -> None:
-    with in_process(talker(["ok"])) as client:
-        announced = exchange(client, "attachments.create", name="a.txt", size=3, mime_type="text/plain; charset=utf-8")
-        url = announced["upload_descriptor"]["url"]
-        response = client.post(url, files=form(data, "other.txt", mime_type))
-        assert response.status_code in (status, 400) and response.json()["detail"]
-        assert client.post(url, files=form(b"abc", "other.txt")).json()["name"] == "a.txt"
-
-
-def test_a_file_that_is_too_large_is_refused_while_it_is_read() -> None:
-    app = ck.create_app(
-        talker(["ok"]), settings=ck.Settings(database=":memory:", model="demo", max_attachment_bytes=1000)
-    )
-    with Client(transport=InProcess(app), base_url="http://testserver") as client:
-        assert refused(client, "attachments.create", name="a", size=1001, mime_type="text/plain")[0] == 413
-        assert exchange(client, "attachments.create", name="a", size=1000, mime_type="text/plain")["id"]
-        assert client.post("/attachments", files=form(b"x" * 1001)).status_code == 413
-        assert client.post("/attachments", files=form(b"x" * 1000)).status_code == 200
-        head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-        taken, sent = 0, []
-
-        async def receive() -> dict[str, Any]:
-            nonlocal taken
-            taken += 1
-            return {"type": "http.request", "body": head if taken == 1 else b"x" * 10_000, "more_body": taken < 10_000}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"multipart/form-data; boundary=b"), (b"host", b"testserver")]
-        scope = {"type": "http", "method": "POST", "path": "/attachments", "headers": headers, "query_string": b""}
-        scope |= {"server": ("testserver", 80), "scheme": "http", "http_version": "1.1", "root_path": ""}
-        transport = client._transport
-        assert isinstance(transport, InProcess)
-        transport.loop.run_until_complete(app(scope, receive, send))
-        assert sent[0]["status"] == 413 and taken < 20
-
-
-def test_only_what_was_not_sent_can_be_deleted() -> None:
-    with in_process(talker(["ok"])) as client:
-        file = upload(client, b"abc")
-        assert exchange(client, "attachments.delete", attachment_id=file["id"]) == {}
-        assert client.get(f"/attachments/{file['id']}").status_code == 404
-        assert refused(client, "attachments.delete", attachment_id=file["id"])[0] == 404
-        sent = upload(client, b"abc")
-        create(client, attachments=[sent["id"]])
-        assert refused(client, "attachments.delete", attachment_id=sent["id"])[0] == 404
-        assert refused(client, "threads.create", input=user_input("x", attachments=[sent["id"]]))[0] == 404
-        assert len(exchange(client, "threads.list")["data"]) == 1
-
-
-def test_files_go_with_their_conversation_or_after_a_day_unsent(tmp_path: Path) -> None:
-    database = str(tmp_path / "chat.db")
-    with in_process(talker(["ok"]), database=database) as client:
-        sent, replied, unsent = (upload(client, b"abc") for _ in range(3))
-        create(client, attachments=[sent["id"]])
-        send(client, "1", "more", attachments=[replied["id"]])
-        exchange(client, "threads.retry_after_item", thread_id="1", item_id="1")
-        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
-            connection.execute("UPDATE attachments SET created_at = '2020-01-01T00:00:00.000Z'")
+def test_a_file_stays_while_any_message_has_it_or_for_a_day(tmp_path: Path) -> None:
+    path = tmp_path / "chat.db"
+    with serving(talker(["ok"]), database=str(path)) as client:
+        sent, replied, unsent, deleted = (upload(client, b"abc") for _ in range(4))
+        create(client, attachments=[sent["id"]]), create(client, attachments=[sent["id"]])
+        send(client, "again", attachments=[sent["id"], replied["id"]])
+        assert exchange(client, "attachments.delete", attachment_id=deleted["id"]) == {}
+        for file in (deleted, sent):
+            assert refused(client, "attachments.delete", attachment_id=file["id"])[0] == 404
+        exchange(client, "threads.retry_after_item", item_id="1")
+        exchange(client, "threads.delete", thread_id="2")
+        change(path, "UPDATE attachments SET created_at = '2020-01-01T00:00:00.000Z'")
         upload(client, b"new")
-        statuses = [client.get(f"/attachments/{file['id']}").status_code for file in (sent, replied, unsent)]
-        assert statuses == [200, 404, 404]
-        exchange(client, "threads.delete", thread_id="1")
-        assert client.get(f"/attachments/{sent['id']}").status_code == 404
+        assert fetched(client, sent, replied, unsent, deleted) == [b"abc", 404, 404, 404]
+        exchange(client, "threads.delete")
+        assert fetched(client, sent) == [404]
 
 
-def test_a_downloaded_file_can_run_nothing_in_this_origin() -> None:
-    with in_process(talker(["ok"])) as client:
-        name = 'a"\r\nX-Evil: 1\n/../é.html'
-        announced = exchange(client, "attachments.create", name=name, size=3, mime_type="text/html")
-        client.post(announced["upload_descriptor"]["url"], files=form(b"<b>", "x", "text/html")).raise_for_status()
-        headers = client.get(f"/attachments/{announced['id']}").headers
-        assert headers["x-content-type-options"] == "nosniff" and "sandbox" in headers["content-security-policy"]
-        assert headers["content-disposition"].startswith("attachment;") and "x-evil" not in headers
+async def transcribe(audio: bytes, media_type: str) -> str:
+    return f"{len(audio)} {media_type}"
 
 
-MULTIPART = "multipart/form-data; boundary=b"
-FORMS: list[tuple[str, bytes, int]] = [
-    ("application/json", b"{}", 415),
-    ("", b"", 415),
-    ("multipart/form-data", b"--b--", 400),
-    ("multipart/form-data; boundary=", b"--b--", 400),
-    (MULTIPART, b"", 400),
-    (MULTIPART, b"--b--\r\n", 400),
-    (MULTIPART, b"nonsense", 400),
-    (MULTIPART, b"--b\r\n\r\nx\r\n--b--\r\n", 400),
-    (MULTIPART, b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc\r\n--b--\r\n', 400),
-    (MULTIPART, b'--b\r\nContent-Disposition: form-data; name="x"; filename="a"\r\n\r\nabc\r\n--b--\r\n', 400),
-    (
-        MULTIPART,
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\nContent-Type: \xff/\r\n\r\na\r\n--b--',
-        400,
-    ),
-]
+def test_a_recording_becomes_text_and_may_be_as_large_as_a_file() -> None:
+    def recording(size: int) -> dict[str, Any]:
+        audio = base64.b64encode(bytes(size)).decode()
+        return {"audio_base64": audio, "mime_type": "audio/webm;codecs=opus"}
 
-
-@pytest.mark.parametrize(("content_type", "body", "status"), FORMS)
-def test_a_malformed_upload_is_refused(content_type: str, body: bytes, status: int) -> None:
-    with in_process(talker(["ok"])) as client:
-        announced = exchange(client, "attachments.create", name="a", size=3, mime_type="text/plain")
-        for url in ("/attachments", announced["upload_descriptor"]["url"]):
-            response = client.post(url, content=body, headers={"Content-Type": content_type})
-            assert response.status_code == status and response.json()["detail"]
-        assert client.post(announced["upload_descriptor"]["url"], files=form(b"abc")).status_code == 200
-
-
-# ---- dictation
-
-
-def test_a_recording_becomes_text() -> None:
-    heard: list[Any] = []
-
-    async def transcribe(audio: bytes, media_type: str) -> str:
-        heard.append((audio, media_type))
-        return "hello"
-
-    with in_process(talker(["ok"]), transcribe=transcribe) as client:
-        audio = base64.b64encode(b"\0\1\2").decode()
-        answer = exchange(client, "input.transcribe", audio_base64=audio, mime_type="audio/webm;codecs=opus")
-        assert answer == {"text": "hello"} and heard == [(b"\0\1\2", "audio/webm")]
-
-
-def test_a_recording_may_be_as_large_as_a_file_and_no_larger() -> None:
-    async def transcribe(audio: bytes, media_type: str) -> str:
-        return str(len(audio))
-
-    with in_process(talker(["ok"]), transcribe=transcribe, max_attachment_bytes=2_000_000) as client:
-        for size in (2_000_000, 2_000_001, 2_000_002, 2_100_000):
-            params = {"audio_base64": base64.b64encode(bytes(size)).decode(), "mime_type": "audio/webm"}
-            if size == 2_000_000:
-                assert exchange(client, "input.transcribe", **params) == {"text": "2000000"}
-            else:
-                assert refused(client, "input.transcribe", **params)[0] == 413
-
-
-def test_dictation_that_is_not_set_up_says_what_to_configure() -> None:
-    with in_process(talker(["ok"])) as client:
-        params = {"audio_base64": "AAAA", "mime_type": "audio/webm"}
-        response = client.post("/chatkit", json={"type": "input.transcribe", "params": params})
-        assert response.status_code == 501 and "OPENAI_API_KEY" in response.json()["detail"]
+    with serving(talker(["ok"]), transcribe=transcribe, max_attachment_bytes=2_000_000) as client:
+        for size in (3, 2_000_000):
+            assert exchange(client, "input.transcribe", **recording(size)) == {"text": f"{size} audio/webm"}
+        for size in (2_000_001, 2_100_000):
+            assert refused(client, "input.transcribe", **recording(size))[0] == 413
+    with serving(talker(["ok"])) as client:  # where it is not set up
+        response = client.post("/chatkit", json=asked("input.transcribe", **recording(3)))
+        assert response.status_code == 501 and "OPENAI_API_KEY" in response.json()["message"]
 
 
 # ---- malformed requests
 
-# One valid request of each operation; {t} is a thread, {u} a user message, {w} a widget, {q} a pending question,
-# {p} a thread with a pending call, {d} one to delete, {a} a file.
-VALID: dict[str, dict[str, Any]] = {
-    "threads.create": {"input": user_input("", content=[{"type": "input_text", "text": "hi"}, TAG], quoted_text="x")},
-    "threads.add_user_message": {"thread_id": "{t}", "input": user_input("more", quoted_text="x", attachments=["{a}"])},
-    "threads.retry_after_item": {"thread_id": "{t}", "item_id": "{u}"},
-    "threads.add_client_tool_output": {"thread_id": "{p}", "result": {"selected": [1]}},
-    "threads.add_structured_input": {
-        "thread_id": "{t}",
-        "item_id": "{q}",
-        "input": {"status": "answered", "answers": {"q1": {"values": ["a"], "skipped": False}}},
-    },
-    "threads.custom_action": {"thread_id": "{t}", "item_id": "{w}", "action": {"type": "toggle", "payload": {"id": 1}}},
-    "threads.sync_custom_action": {"thread_id": "{t}", "item_id": "{w}", "action": {"type": "toggle", "payload": {}}},
-    "threads.list": {"limit": 2, "order": "desc", "after": "{t}"},
-    "threads.get_by_id": {"thread_id": "{t}"},
-    "threads.update": {"thread_id": "{t}", "title": "Title"},
-    "threads.delete": {"thread_id": "{d}"},
-    "items.list": {"thread_id": "{t}", "limit": 2, "order": "asc", "after": "{u}"},
-    "items.feedback": {"thread_id": "{t}", "item_ids": ["{u}", "{w}"], "kind": "positive"},
-    "attachments.create": {"name": "a.txt", "size": 3, "mime_type": "text/plain"},
-    "attachments.delete": {"attachment_id": "{a}"},
-    "input.transcribe": {"audio_base64": "AAAA", "mime_type": "audio/webm"},
-}
+# What the real component was seen to send: {t} is a thread, {u} its user message, {w} its widget, {q} its
+# question, {p} a thread with a client tool's call, {a} a file.
+HELLO = {"type": "input_text", "text": "hello"}
+TAGGED_MILK = {"type": "input_tag", "text": "Milk", "id": "t1", "data": {"a": "b"}}
+INPUT: Any = {"content": [HELLO, TAGGED_MILK], "quoted_text": "", "attachments": []}
+INPUT["inference_options"] = {"model": "demo", "tool_choice": {"id": "draw"}}
+GIVEN_ANSWERS = {"status": "answered", "answers": {"main": {"values": ["soup"], "skipped": False}}}
+RECORDED: list[tuple[str, dict[str, Any]]] = [
+    ("threads.list", {"limit": 9999, "order": "desc"}),
+    ("threads.get_by_id", {"thread_id": "{t}"}),
+    ("items.list", {"thread_id": "{t}", "limit": 9999, "order": "asc", "after": "{u}"}),
+    ("threads.create", {"input": {**INPUT, "inference_options": {}}}),
+    ("threads.add_user_message", {"thread_id": "{t}", "input": INPUT}),
+    ("threads.add_client_tool_output", {"thread_id": "{p}", "result": {"ok": True}}),
+    ("threads.add_structured_input", {"thread_id": "{t}", "item_id": "{q}", "input": GIVEN_ANSWERS}),
+    ("threads.custom_action", {"thread_id": "{t}", "item_id": "{w}", "action": {"type": "x", "payload": {}}}),
+    ("threads.retry_after_item", {"thread_id": "{t}", "item_id": "{u}"}),
+    ("threads.update", {"thread_id": "{t}", "title": "Oslo weather"}),
+    ("items.feedback", {"thread_id": "{t}", "item_ids": ["{u}", "client_message_b2i"], "kind": "positive"}),
+    ("attachments.create", {"name": "red.png", "size": 178, "mime_type": "image/png"}),
+    ("attachments.delete", {"attachment_id": "{a}"}),
+    ("input.transcribe", {"audio_base64": "GkXfo59ChoEB", "mime_type": "audio/webm;codecs=opus"}),
+    ("threads.delete", {"thread_id": "{t}"}),
+]
 
-ODD: tuple[Any, ...] = (None, 5, True, [], {})  # what is hardly ever right
-# Values that are wrong wherever they stand: by operation and by the path of what they replace in its VALID params.
-MALFORMED: dict[tuple[str, str], list[Any]] = {
-    ("threads.list", "limit"): [0, -1, 101, 1.5, "x", [], 10**30],
-    ("threads.list", "order"): [*ODD, "", "ASC"],
-    ("threads.list", "after"): [5, True, [], {}],
-    ("threads.get_by_id", "thread_id"): [*ODD, 1, 1.0],
-    ("threads.retry_after_item", "item_id"): [*ODD, 1],
-    ("threads.update", "title"): [*ODD, "", " ", "x" * 201],
-    ("threads.create", "input"): [*ODD, "hello"],
-    ("threads.create", "input.content"): [None, 5, True, {}, "hello"],
-    ("threads.create", "input.content.0"): [*ODD, {"text": "x"}, {"type": "output_text", "text": "x"}],
-    ("threads.create", "input.content.0.text"): [*ODD, ["x"]],
-    ("threads.create", "input.content.1.id"): [*ODD],
-    ("threads.create", "input.content.1.data"): [None, 5, True, [], "x"],
-    ("threads.create", "input.content.1.group"): [5, True, [], {}],
-    ("threads.create", "input.content.1.interactive"): [None, 5, [], {}, "perhaps"],
-    ("threads.create", "input.attachments"): [None, 5, True, {}, "a", [5], [None]],
-    ("threads.create", "input.quoted_text"): [5, True, [], {}, ["x"]],
-    ("threads.create", "input.inference_options"): [None, 5, True, [], "x"],
-    ("threads.create", "input.inference_options.model"): [5, True, [], {}],
-    ("threads.create", "input.inference_options.tool_choice"): [5, True, [], {}, "echo", {"id": None}],
-    ("items.feedback", "item_ids"): [None, 5, True, {}, "1", [1], [None], ["1"] * 101],
-    ("items.feedback", "kind"): [*ODD, "", "neutral"],
-    ("threads.custom_action", "action"): [*ODD, "toggle", {"type": 5}, {"payload": {}}],
-    ("threads.custom_action", "item_id"): [5, True, [], {}],
-    ("threads.add_structured_input", "input"): [None, 5, True, [], {"status": "pending"}],
-    ("threads.add_structured_input", "input.answers"): [None, 5, [], {"q1": ["a"]}, {"q1": {"values": "a"}}],
-    ("threads.add_structured_input", "input.answers.q1.values"): [None, "a", [1], [None], {}],
-    ("threads.add_structured_input", "input.answers.q1.skipped"): [None, 5, [], {}, "perhaps"],
-    ("attachments.create", "name"): [*ODD, "", "x" * 256],
-    ("attachments.create", "size"): [None, 0, -1, 1.5, "x", [], {}],
-    ("attachments.create", "mime_type"): [*ODD, "text", "text/", "/", "text/x\r\nA: b", "a/b/c", "t\u00e9xt/x", "*/*"],
-    ("attachments.delete", "attachment_id"): [*ODD],
-    ("input.transcribe", "audio_base64"): [*ODD, "A", "AA A", "\u00e9", "\0"],
-    ("input.transcribe", "mime_type"): [*ODD],
+
+def filled(params: Any, **ids: str) -> Any:
+    """A copy that has ids where they belong."""
+    return json.loads(re.sub(r'"\{(.)\}"', lambda name: json.dumps(ids[name[1]]), json.dumps(params)))
+
+
+# What can be no value of a kind, and what must not stand in a place though it is of the right kind.
+WRONG_KIND: dict[type, list[Any]] = {str: [5, []], int: ["x", [], 1.5], bool: [5, "perhaps"]}
+WRONG_KIND |= {list: [5, "x", {}], dict: [True, "x", []]}
+IDS = ("thread_id", "item_id", "after", "attachment_id")
+ODD_IDS = ["", "-1", "999", "1.0", " 1", "0x1", "\u0661", "9" * 500]  # are not found
+WRONG_VALUE: dict[str, list[Any]] = {
+    "threads.list limit": [0, -1],
+    "threads.list order": ["ASC"],
+    "threads.update title": [None, " ", "x" * 201],
+    "threads.add_user_message input.content.0": [None, {"text": "x"}, {"type": "output_text", "text": "x"}],
+    "threads.add_user_message input.attachments": [None, [5]],
+    "threads.add_structured_input input.status": ["pending"],
+    "items.feedback item_ids": [None, [1]],
+    "items.feedback kind": [None, "neutral"],
+    "attachments.create name": [None, "", "x" * 256],
+    "attachments.create size": [None, -1, 2**63],
+    "attachments.create mime_type": [None, "text", "/", "a/b\r\nA: b", "a/b/c", "t\u00e9/x", "*/*"],
+    "input.transcribe audio_base64": [None, "A", "AA A", "\u00e9"],
 }
 
 
-@pytest.mark.parametrize(("operation", "path"), MALFORMED)
-def test_a_malformed_field_is_refused_and_named(operation: str, path: str) -> None:
-    async def transcribe(audio: bytes, media_type: str) -> str:
-        raise AssertionError
+def places(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What stands in a request's params, and where."""
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        yield f"{path}{key}", child
+        if isinstance(child, (dict, list)) and key not in ("result", "payload", "data"):  # which are any JSON
+            yield from places(child, f"{path}{key}.")
 
-    with in_process(talker(["ok"]), on_action=redraw, transcribe=transcribe) as client:
+
+@pytest.mark.parametrize("operation", dict(RECORDED))
+def test_a_malformed_field_is_refused_and_named(operation: str) -> None:
+    valid = filled(dict(RECORDED)[operation], **dict.fromkeys("tpuwqa", "1"))
+    with serving(talker(["ok"]), on_action=redraw, transcribe=transcribe) as client:
         create(client)
-        for value in MALFORMED[operation, path]:
-            params = filled(VALID[operation], dict.fromkeys("tpduwqa", "1"))
-            *parents, last = path.split(".")
-            place = functools.reduce(lambda part, key: part[int(key) if key.isdigit() else key], parents, params)
-            place[int(last) if last.isdigit() else last] = value
-            status, detail = refused(client, operation, **params)
-            assert status == 400 and all(part in detail for part in path.split(".")), (value, detail)
-        assert len(items(client, "1")) == 2 and len(exchange(client, "threads.list")["data"]) == 1
+        for path, there in places(valid):
+            *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+            generic = [] if last in ("result", "payload") else WRONG_KIND[type(there)]
+            generic = generic + ODD_IDS * (last in IDS)
+            for wrong in [*generic, *WRONG_VALUE.get(f"{operation} {path}", [])]:
+                params = copy.deepcopy(valid)
+                functools.reduce(lambda part, key: part[key], parents, params)[last] = wrong
+                status, detail = refused(client, operation, **params)
+                named = status == 400 and all(part in detail for part in path.split("."))
+                assert named or status == (404 if last in IDS else 413), (path, wrong, detail)
+        assert len(items(client)) == 2 and len(exchange(client, "threads.list")["data"]) == 1
 
 
-LONG_TAG = {**TAG, "data": {"x": "x" * 32_000}}
-BLANK: list[Any] = [[], [{"type": "input_text", "text": " \n\u3000"}]]
-BODIES: list[tuple[Any, int]] = [
-    *[({"type": kind}, 400) for kind in ("", "threads", "threads.create ", "THREADS.LIST", "__class__", "x" * 10_000)],
-    *[({"type": kind}, 400) for kind in (*ODD, ["threads.list"], {"a": "threads.list"})],
-    *[({"type": kind}, 400) for kind in VALID if kind != "threads.list"],
-    *[({"type": "threads.list", "params": params}, 400) for params in (*ODD[:4], "", 0, False, "x", [{}])],
-    *[
-        ({"type": "threads.get_by_id", "params": {"thread_id": thread_id}}, 404)
-        for thread_id in ("", "0", "-1", "999", "1.0", "1e0", " 1", "1\n", "+1", "0x1", "\u0661", "9" * 19, "9" * 500)
-    ],
-    *[({"type": "threads.create", "params": {"input": user_input("", content=content)}}, 400) for content in BLANK],
-    ({"type": "threads.create", "params": {"input": user_input("x" * 32_001)}}, 413),
-    ({"type": "threads.create", "params": {"input": user_input("x", quoted_text="x" * 32_001)}}, 413),
-    ({"type": "threads.create", "params": {"input": user_input("", content=[LONG_TAG])}}, 413),
-    ({"type": "threads.create", "params": {"input": user_input("x", attachments=["att_0"])}}, 404),
-    ({"type": "attachments.create", "params": {"name": "a", "size": 2**63, "mime_type": "text/plain"}}, 413),
-    *[(body, 400) for body in (*ODD, "x", [{"type": "threads.list"}])],
-    *[(body, 400) for body in (b"", b"{", b"\xff", b'{"type": "threads.list"', b'{"type": "\\ud800"}', b'{"a": NaN}')],
-    (b'{"type": "threads.create", "params": ' + b'{"a": ' * 5000 + b"1" + b"}" * 5001, 400),
-    (b'{"type": "threads.list", "params": ' + b'{"a": ' * 70 + b"1" + b"}" * 71, 400),
-    (b'{"type": "threads.list", "params": {"limit": ' + b"9" * 5000 + b"}}", 400),
-    (b'{"type": "threads.list", "x": "' + b"x" * 1024 * 1024 + b'"}', 413),
+# ======================================================================== the real component, and its samples
+# What OpenAI's component was seen to do; then the SDK's own API for tools, and two agents as in its samples.
+
+BROWSER = {"chatkit-frame-instance-id": "7a406c65-dee8-41fb-bbdf-f86674d076b2", "sec-fetch-mode": "cors"}
+ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173)]
+
+
+def test_the_components_preflights_let_listed_pages_in_and_others_are_told_of_in_the_log(
+    chat: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "chatkit")
+    names = {"chatkit-frame-instance-id", "content-type"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": ",".join(names)}
+    for path, origin in itertools.product(("/chatkit", "/attachments"), ORIGINS):
+        headers = chat.options(path, headers={"Origin": origin, **asks}).raise_for_status().headers
+        assert headers["access-control-allow-origin"] == origin
+        assert headers["access-control-allow-credentials"] == "true"
+        assert names <= set(re.findall(r"[\w-]+", headers["access-control-allow-headers"].lower()))
+    assert "CHATKIT_CORS_ORIGINS" not in caplog.text
+    chat.options("/chatkit", headers={"Origin": "http://localhost:4000", **asks})
+    until(lambda: "http://localhost:4000" in caplog.text)  # which is logged after the answer
+    assert "CHATKIT_CORS_ORIGINS" in caplog.text
+
+
+def test_every_request_that_the_component_was_seen_to_make_is_answered() -> None:
+    agent = Agent(name="Demo", model=ck.DemoModel(delay=0), tools=[choose, survey, draw])
+    with serving(agent, on_action=redraw, transcribe=transcribe) as client:
+        drawn, made = create(client, "call draw"), {"a": upload(client, b"abc")["id"]}
+        made |= {"t": drawn[0]["thread"]["id"], "u": drawn[1]["item"]["id"]}
+        made["w"] = next(each["item"]["id"] for each in drawn if "widget" in each.get("item", {}))
+        made["p"] = create(client, "call choose")[0]["thread"]["id"]
+        for operation, params in RECORDED:
+            if operation == "threads.add_structured_input":
+                made["q"] = last_item(send(client, "call survey", made["t"]))["id"]
+            body = {"type": operation, "params": filled(params, **{"q": "", **made})}
+            response = client.post("/chatkit", json=body, headers={**BROWSER, "origin": ORIGINS[1]})
+            assert response.status_code == 200, (operation, params, response.text)
+            assert response.headers["access-control-allow-origin"] == ORIGINS[1]
+            streams = response.headers["content-type"].startswith("text/event-stream")
+            answer = validated(operation, chatkit_events(response.text) if streams else response.json())
+            assert '"error"' not in json.dumps(answer), (operation, answer)
+
+
+def test_a_long_thread_opens_with_its_oldest_items_and_the_rest_in_large_pages(tmp_path: Path) -> None:
+    path = tmp_path / "chat.db"
+    with serving(talker(["ok"]), database=str(path)) as client:
+        create(client)
+        numbers = "WITH n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1100)"
+        rows = f"{numbers} SELECT 1, 'local', 'user', i FROM n"
+        change(path, f"INSERT INTO messages (conversation_id, user_id, role, content) {rows}")
+        first = exchange(client, "threads.get_by_id")["items"]
+        more = pages(client, "items.list", limit=9999, order="asc", after=first["after"])
+        assert [len(page) for page in [first["data"], *more]] == [20, 1000, 82]
+        assert client.messages(1)[-1] == {
+            **client.messages(1)[-1],
+            "id": int(more[-1][-1]),
+            "content": "1100",
+        }
+
+
+def test_what_the_component_leaves_out_is_not_missed() -> None:
+    with serving(talker([Call("choose")], ["ok"])) as client:
+        file_id, url = announce(client, "strange.xyzq", 0, "")
+        client.post(url, files=form(b"", mime_type="application/octet-stream")).raise_for_status()
+        tag = {name: TAG[name] for name in ("type", "id", "text")}
+        message = user_input("", content=[tag], attachments=[file_id])
+        item = validated("", client.operate("threads.create", input=message))[1]["item"]
+        assert item["content"][0]["data"] == {} and item["attachments"][0]["name"] == "strange.xyzq"
+        client.operate("threads.add_client_tool_output", thread_id="1")
+        assert items(client, "client_tool_call")[0]["status"] == "completed"
+
+
+# ---- nothing vanishes
+
+# What a person can run into, and what is said. Thread 1 is there, 2 is locked, 3 closed.
+Case = tuple[str, dict[str, Any], str]
+VANISHING: list[Case] = [
+    ("threads.create", {"input": user_input("x" * 101)}, "100"),
+    ("threads.add_user_message", {"input": user_input("x", quoted_text="x" * 100)}, "100"),
+    ("threads.add_user_message", {"thread_id": "2", "input": user_input("hi")}, "Holidays"),
+    ("threads.retry_after_item", {"thread_id": "3", "item_id": "5"}, "closed"),
+    ("threads.create", {"input": user_input("hi", inference_options={"model": "x"})}, "demo"),
+    ("threads.create", {"input": user_input("hi", inference_options={"tool_choice": {"id": "x"}})}, "echo"),
+    ("threads.create", {"input": user_input("hi", attachments=["att_0"])}, "ttachment"),
+    ("threads.add_client_tool_output", {"result": 1}, "pending"),
+    ("threads.custom_action", {"action": {"type": "x"}}, "on_action"),
 ]
 
 
-def test_a_malformed_body_is_refused_and_nothing_is_kept() -> None:
-    with in_process(talker(["ok"]), on_action=redraw) as client:
-        for body, status in BODIES:
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            response = client.post("/chatkit", content=content, headers={"Content-Type": "application/json"})
-            assert response.status_code == status, content[:200]
-            assert isinstance(response.json()["detail"], str) and response.json()["detail"], content[:200]
-        assert exchange(client, "threads.list") == {"data": [], "has_more": False}
+def everything(client: Client) -> Any:
+    """All that is stored of conversations."""
+    ids = [row["id"] for row in client.get("/api/conversations").json()]
+    return [client.get(f"/api/conversations/{number}").json() for number in ids]
 
 
-JUNK: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2**63, 10**30, 1.5, -0.0, 1e308, [], {}, [[]], [None], {"type": "input_text"}),
-    *("", " ", "0", "1", "2", "-1", "01", "9" * 19, "9" * 40, "\0", "\U0001f600", "\u2028", "\u0663", "x" * 33_000),
-    *("threads.create", "input_tag", "answered", "skipped", "positive", {"values": []}, {"": None}, ["1", "1"], "../x"),
-]
+def nothing_comes_of(client: Client, operation: str, params: dict[str, Any], says: str) -> Any:
+    """A stream says why nothing is stored; whether it may be tried again."""
+    before = everything(client)
+    event = exchange(client, operation, **params)[-1]
+    assert event["type"] == "error" and says in event["message"], (operation, event)
+    assert everything(client) == before
+    return event["allow_retry"]
 
 
-def mutated(chance: random.Random, request: Any) -> bytes:
-    """A request with one to three things about it changed, as it goes over the wire."""
-    request = copy.deepcopy(request)
-    for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        places = [(container, key) for container in containers(request) for key in list(keys(container))]
-        if not places:
-            break
-        container, key = chance.choice(places)
-        what = chance.random()
-        if what < 0.6:
-            container[key] = copy.deepcopy(chance.choice(JUNK))
-        elif what < 0.75:
-            del container[key]
-        elif what < 0.85 and isinstance(container, dict):
-            container[chance.choice(["", "type", "thread_id", "__proto__", "é"])] = chance.choice(JUNK)
-        elif what < 0.92 and isinstance(container, list):
-            container *= chance.choice((2, 50))
-        else:
-            other, there = chance.choice(places)
-            if there in keys(other) and key in keys(container):
-                container[key] = copy.deepcopy(other[there])
-    text = json.dumps(request).encode()
-    if chance.random() < 0.08:
-        at = chance.randrange(len(text))
-        text = chance.choice([text[:at], text[:at] + bytes([chance.randrange(256)]) + text[at + 1 :], text[at:]])
-    return text
+def test_nothing_that_a_person_does_vanishes() -> None:
+    with serving(talker(["ok"]), max_message_chars=100) as client:
+        for status in ("active", "locked", "closed"):
+            url = f"/api/conversations/{create(client)[0]['thread']['id']}"
+            client.patch(url, json={"status": status, "reason": "Holidays"}).raise_for_status()
+        for empty in (user_input(" \n\u3000"), user_input("", content=[])):
+            assert refused(client, "threads.create", input=empty)[0] == 400
+        for case in VANISHING:
+            assert nothing_comes_of(client, *case) is False, case
+        for path in ("/chatkit", "/api/conversations/2/retry"):  # the other dialect has statuses
+            response = client.post(path, json={"message": "hi", "thread_id": 2} if path == "/chatkit" else {})
+            assert response.status_code == 409 and "Holidays" in response.json()["detail"]
 
 
-def keys(container: Any) -> Any:
-    return container.keys() if isinstance(container, dict) else range(len(container))
+@pytest.mark.parametrize(
+    ("action", "status", "says"),
+    [("refuse", 400, "refused"), ("break", 500, "Something went wrong while answering.")],
+)
+def test_an_action_that_fails_is_said_also_where_there_is_no_stream(
+    action: str, status: int, says: str
+) -> None:
+    with serving(talker(["ok"]), on_action=redraw) as client:
+        create(client)
+        params = {"action": {"type": action}}
+        nothing_comes_of(client, "threads.custom_action", params, says)
+        response = client.post("/chatkit", json=asked("threads.sync_custom_action", **params))
+        assert response.status_code == status and says in response.json()["message"]
 
 
-def containers(value: Any) -> Iterator[Any]:
-    if isinstance(value, (dict, list)):
-        yield value
-        for child in value.values() if isinstance(value, dict) else value:
-            yield from containers(child)
+def test_while_an_answer_is_written_another_may_be_tried_later() -> None:
+    wait, more = Wait(), {"input": user_input("more")}
+    with serving(talker(["One ", wait, "two"]), max_concurrent_turns=2) as client:
+        with streaming(client) as response:
+            until(wait.reached.is_set)
+            assert texts(client) == ["hello", "One "]  # what a reload shows
+            assert nothing_comes_of(client, "threads.add_user_message", more, "already")
+            assert nothing_comes_of(client, "threads.retry_after_item", {"item_id": "1"}, "already")
+            assert nothing_comes_of(client, "threads.add_client_tool_output", {"result": 1}, "already")
+            with streaming(client):
+                until(lambda: client.messages(2)[-1]["content"] == "One ")
+                assert nothing_comes_of(client, "threads.create", more, "busy")
+            wait.gate.set()
+            response.read()
+        assert texts(client) == ["hello", "One two"]
 
 
-def filled(template: Any, ids: dict[str, str]) -> Any:
-    if isinstance(template, dict):
-        return {key: filled(child, ids) for key, child in template.items()}
-    if isinstance(template, list):
-        return [filled(child, ids) for child in template]
-    if isinstance(template, str) and template[:1] == "{":
-        return ids[template[1]]
-    return template
+# ---- what a thread shows
 
 
-def test_no_mutation_of_a_request_breaks_anything() -> None:
-    chance = random.Random(4)
-    statuses: dict[int, int] = {}
-    failed: list[Any] = []
-
-    def prepare(client: Client) -> dict[str, str]:
-        """What stands in VALID for ids."""
-        events = client.operate("threads.create", input=user_input("call draw"))
-        ids = {"t": events[0]["thread"]["id"], "u": events[1]["item"]["id"]}
-        ids["w"] = next(event["item"]["id"] for event in events if event.get("item", {}).get("type") == "widget")
-        ids["p"] = client.operate("threads.create", input=user_input("call pick"))[0]["thread"]["id"]
-        ids["d"] = client.operate("threads.create", input=user_input("hello"))[0]["thread"]["id"]
-        asked = client.operate("threads.add_user_message", thread_id=ids["t"], input=user_input("call survey"))
-        ids["a"] = client.post("/attachments", files=form(b"abc")).json()["id"]
-        return {**ids, "q": asked[-1]["item"]["id"]}
-
-    def check(content: bytes, response: httpx.Response) -> None:
-        if response.status_code != 200:
-            assert 400 <= response.status_code < 500, response.status_code
-            assert isinstance(response.json()["detail"], str) and response.json()["detail"]
-        elif response.headers["content-type"].startswith("text/event-stream"):
-            if "type" in json.loads(content):
-                assert "stream_options" in kinds(validated("", chatkit_events(response.text)))
-        else:
-            validated(json.loads(content)["type"], response.json())
-
-    agent = Agent(name="Demo", model=ck.DemoModel(delay=0), tools=PROTOCOL_TOOLS)
-
-    async def transcribe(audio: bytes, media_type: str) -> str:
-        return "hello"
-
-    with in_process(agent, on_action=redraw, transcribe=transcribe) as client:
-        for _ in range(40):
-            ids = prepare(client)
-            for _ in range(60):
-                operation, params = chance.choice(list(VALID.items()))
-                content = mutated(chance, {"type": operation, "params": filled(params, ids)})
-                try:
-                    response = client.post("/chatkit", content=content, headers={"Content-Type": "application/json"})
-                    statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-                    check(content, response)
-                except Exception as error:
-                    failed.append((content[:300], repr(error)[:300]))
-    assert not failed, f"{len(failed)}: " + "\n".join(map(str, failed[:10]))
-    assert statuses[200] > 300 and statuses[400] > 300 and statuses[404] > 100 and statuses[409] > 20, statuses
+def test_a_locked_thread_says_why_until_it_is_active_again(chat: Client) -> None:
+    create(chat)
+    for status, given in (("locked", {}), ("closed", {"reason": "Holidays"})):
+        chat.patch("/api/conversations/1", json={"status": status, **given}).raise_for_status()
+        shown = exchange(chat, "threads.get_by_id")["status"]
+        assert shown["type"] == status and shown["reason"] and given.items() <= shown.items()
+        assert exchange(chat, "threads.list")["data"][0]["status"] == shown
+    chat.patch("/api/conversations/1", json={"status": "active"}).raise_for_status()
+    assert exchange(chat, "threads.get_by_id")["status"] == {"type": "active"}
+    send(chat, "more")
 
 
-# ========================================================================================================== Faults
+def test_pictures_are_data_where_the_component_could_not_load_them() -> None:
+    with serving(talker(["ok"]), jwt_secret=SECRET) as client:
+        client.headers.update(bearer("ann"))
+        picture = client.post("/attachments", files=form(PNG, "a.png", "image/png")).json()
+        item = create(client, attachments=[picture["id"]])[1]["item"]
+        assert item["attachments"][0]["preview_url"] == picture["preview_url"] == PNG_URL
+        client.headers["x-forwarded-proto"] = "https"
+        url = items(client)[0]["attachments"][0]["preview_url"]
+        assert url.startswith("https://")
+        del client.headers["authorization"]
+        assert client.get(url.replace("https", "http")).content == PNG  # an <img> sends no token
+
+
+def test_a_thread_that_changes_says_so_in_the_stream() -> None:
+    @function_tool
+    async def close_up(wrapper: Wrapper) -> None:
+        await wrapper.context.update_thread(title="Mine", status="closed", reason="Done", metadata={"a": [1]})
+
+    wait = Wait()
+    with serving(scripted([Call("close_up")], [wait, "ok"], tools=[close_up])) as client:
+        with streaming(client) as response:
+            until(wait.reached.is_set)
+            client.patch("/api/conversations/1", json={"title": "Theirs"}).raise_for_status()
+            wait.gate.set()
+            events = validated("", chatkit_events(response.read().decode()))
+        thread = exchange(client, "threads.get_by_id")
+        assert thread["metadata"] == {"a": [1]} and thread["status"] == {"type": "closed", "reason": "Done"}
+        first, last = [event["thread"] for event in events if event["type"] == "thread.updated"]
+        assert (first["title"], last["title"], first["metadata"]) == ("Mine", "Theirs", {"a": [1]})
+        assert {**last, "items": thread["items"]} == thread
+
+
+def test_metadata_headers_and_locale_of_a_request_reach_the_agent_but_no_secret_does() -> None:
+    contexts: list[ck.TurnContext] = []
+
+    async def answer(context: ck.TurnContext, history: list[Any]) -> AsyncIterator[str]:
+        contexts.append(context)
+        yield "ok"
+
+    secret = {"Authorization": "Bearer x", "Cookie": "x=y"}
+    with serving(answer) as client:
+        body = {**asked("threads.create", input=user_input("hi")), "metadata": {"plan": "gold"}}
+        for locale in ("de-DE", "fr, en;q=0.5", ""):
+            headers = {**secret, "Map-Id": "orbital", "Accept-Language": locale}
+            client.post("/chatkit", json=body, headers=headers).raise_for_status()
+    given = contexts[0].request_context
+    assert given["metadata"] == {"plan": "gold"} and given["headers"]["map-id"] == "orbital"
+    assert not {"authorization", "cookie"} & set(given["headers"])
+    assert [context.locale for context in contexts] == ["de-DE", "fr", "en"]
+
+
+def test_feedback_is_kept_and_reaches_the_apps_handler_with_the_items_that_there_are() -> None:
+    heard: list[Any] = []
+
+    async def on_feedback(context: ck.TurnContext, items: list[dict[str, Any]], kind: str) -> None:
+        heard.append((context.user_id, [item["type"] for item in items], kind))
+
+    with serving(talker(["ok"]), on_feedback=on_feedback) as client:
+        create(client), create(client)
+        for ids in (["client_1"], ["1", "2", "4", "9"]):
+            exchange(client, "items.feedback", item_ids=ids, kind="negative")
+        exchange(client, "items.feedback", item_ids=["2"], kind="positive")
+        feedback = [message["feedback"] for number in (1, 2) for message in client.messages(number)]
+    both = ["user_message", "assistant_message"]
+    assert heard == [("local", both, "negative"), ("local", both[1:], "positive")]
+    assert feedback == ["negative", "positive", None, None]
+
+
+def test_choices_reach_the_model_and_come_back_with_the_message() -> None:
+    agent, modes = talker(["ok"]), []
+
+    def make(context: ck.TurnContext) -> Agent[Any]:
+        modes.append(context.tool_choice)
+        return agent
+
+    options = {"model": "fast", "tool_choice": {"id": "poetry"}}
+    with serving(make, models="fast=demo,smart=demo") as client:
+        item = create(client, inference_options=options)[1]["item"]
+        assert item["inference_options"] == options and items(client)[0] == item
+        create(client, inference_options={"tool_choice": {"id": "echo"}}), create(client)
+        assert modes == ["poetry", "echo", None]  # the first is a mode, as it is no tool
+        model = cast(Script, agent.model)
+        assert [settings.tool_choice for settings in model.settings] == ["echo", None]
+
+
+# ---- the SDK's API for tools and actions
+
+
+def check_stored(client: Client, events: list[dict[str, Any]]) -> None:
+    """What was streamed, in the order of its appearance and as it was in the end, is what a reload shows."""
+    final: dict[str, Any] = {}
+    for event in events:
+        if event["type"] == "thread.item.removed":
+            del final[event["item_id"]]
+        elif "item" in event:
+            final[event["item"]["id"]] = event["item"]
+    assert list(final.values()) == items(client)
+
+
+def run_tool(work: Callable[[ck.TurnContext], Coroutine[Any, Any, Any]]) -> list[dict[str, Any]]:
+    """What a thread streams in which a tool did this, checked against what is stored."""
+
+    @function_tool
+    async def tool(wrapper: Wrapper) -> None:
+        await work(wrapper.context)
+
+    with serving(scripted([Call("tool")], ["Done."], tools=[tool])) as client:
+        events = create(client)
+        check_stored(client, events)
+        assert texts(client)[-1] == "Done."
+    return events
+
+
+def test_a_widget_that_grows_is_streamed_as_what_was_added() -> None:
+    def card(text: str, title: str = "A") -> dict[str, Any]:
+        grows = {"type": "Text", "id": "t", "value": text, "streaming": True}
+        return {"type": "Card", "children": [{"type": "Title", "value": title}, grows]}
+
+    async def states() -> AsyncIterator[Any]:
+        for state in (("One",), ("One two",), ("One two",), ("One two", "B"), ("Three", "B")):
+            yield card(*state)
+
+    events = run_tool(lambda context: context.stream_widget(states(), copy_text="three"))
+    added, done = items_in(events, "widget")
+    assert added["widget"] == card("One")
+    assert (done["widget"], done["copy_text"]) == (card("Three", "B"), "three")
+    assert [update for update in updates_in(events) if update["type"].startswith("widget")] == [
+        {"type": "widget.streaming_text.value_delta", "component_id": "t", "delta": " two", "done": False},
+        {"type": "widget.root.updated", "widget": card("One two", "B")},
+        {"type": "widget.root.updated", "widget": card("Three", "B")},
+    ]
+
+
+def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off() -> None:
+    look = {"type": "custom", "title": "Look", "status_indicator": "loading"}
+    done = {**look, "title": "Think", "status_indicator": "complete"}
+    source = {"type": "url", "title": "Cats", "url": "https://cats.example"}
+    cited = {"type": "annotation", "source": source, "index": 8}
+    unstoppable = {"type": "stream_options", "stream_options": {"allow_cancel": False}}
+
+    async def work(context: ck.TurnContext) -> None:
+        await context.stream(unstoppable)
+        await context.start_workflow({"type": "custom", "tasks": []})
+        await context.add_workflow_task(look)
+        await context.add_workflow_task({**look, "title": "Think"})
+        await context.update_workflow_task(done, task_index=1)
+        await context.end_workflow({"title": "All done"}, expanded=True)
+        await context.remove(await context.say("Wait"))
+        await context.hidden("The cat sleeps.")
+        await context.say("See here", annotations=[cited])
+
+    events = run_tool(work)
+    assert unstoppable in events and "sleeps" not in json.dumps(events)
+    assert [update["annotation"] for update in updates_in(events) if "annotation" in update] == [cited]
+    shown = [event for event in events if "workflow" in json.dumps(event)]
+    changes = ["workflow.task.added", "workflow.task.updated"]
+    assert shape(shown) == ["thread.item.added workflow", *changes, "thread.item.done workflow"]
+    wanted = {"type": "custom", "tasks": [look, done], "summary": {"title": "All done"}, "expanded": True}
+    assert last_item(shown)["workflow"] == wanted
+
+
+def test_an_action_may_come_while_an_answer_is_written_and_have_the_agent_speak_after_it() -> None:
+    async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
+        await context.hidden("They clicked.")
+        await context.say("Clicked.")
+        if action["type"] == "ask":
+            await context.answer()
+
+    wait = Wait()
+    agent = talker(["One ", wait, "two"], ["So you did."])
+    with serving(agent, on_action=on_action) as client:
+        with streaming(client) as response:
+            until(wait.reached.is_set)
+            events = exchange(client, "threads.custom_action", action={"type": "tell"})
+            assert shape(events)[-1] == "thread.item.done assistant_message"
+            assert exchange(client, "threads.custom_action", action={"type": "ask"})[-1]["type"] == "error"
+            wait.gate.set()
+            response.read()
+        exchange(client, "threads.custom_action", action={"type": "ask"})
+        assert texts(client) == ["hello", "One two", *["Clicked."] * 3, "So you did."]
+        assert shown(agent).count("They clicked.") == 3
+
+
+# ---- an agent as in OpenAI's samples
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_cat_lounge_written_with_the_sdks_own_types() -> None:
+    types, widgets, agents = (optional(f"chatkit.{name}") for name in ("types", "widgets", "agents"))
+
+    async def add(context: ck.TurnContext, kind: Any, **fields: Any) -> None:
+        head = {"id": context.generate_id("message"), "thread_id": context.thread.id}
+        item = kind(**head, created_at=datetime.now(), **fields)
+        await context.stream(types.ThreadItemDoneEvent(item=item))
+
+    async def say(context: ck.TurnContext, text: str, *cited: Any) -> None:
+        content = [types.AssistantMessageContent(text=text, annotations=list(cited))]
+        await add(context, types.AssistantMessageItem, content=content)
+
+    def names_card(names: list[str], selected: str = "") -> Any:
+        def button(name: str) -> Any:
+            action = widgets.ActionConfig(type="select", payload={"name": name, "options": names})
+            return widgets.Button(label=name, onClickAction=action, disabled=bool(selected))
+
+        return widgets.Card(children=[button(name) for name in names])
+
+    @function_tool
+    async def suggest_names(ctx: Wrapper, names: list[str]) -> None:
+        await ctx.context.stream(types.ProgressUpdateEvent(text="Thinking of names"))
+        await ctx.context.add_workflow_task(types.CustomTask(title="Reading the list"))
+        await ctx.context.end_workflow()
+        sources = [types.EntitySource(id=name, title=name, icon="map-pin", data={}) for name in names]
+        cited = [types.Annotation(source=source, index=index) for index, source in enumerate(sources)]
+        await say(ctx.context, "Here are some names.", *cited)
+        await ctx.context.stream_widget(names_card(names), copy_text=", ".join(names))
+
+    @function_tool
+    async def feed_cat(ctx: Wrapper, meal: str) -> None:
+        await add(ctx.context, types.HiddenContextItem, content=f"<FED>{meal}</FED>")
+        ctx.context.client_tool_call = agents.ClientToolCall(name="update_cat", arguments={"fed": meal})
+
+    @function_tool
+    async def show_cat(ctx: Wrapper) -> None:
+        image = types.GeneratedImage(id="cat", url="https://cats.example/tom.png")
+        await add(ctx.context, types.GeneratedImageItem, image=image)
+
+    async def on_action(context: ck.TurnContext, action: dict[str, Any], item: Any) -> None:
+        name, names = action["payload"]["name"], action["payload"]["options"]
+        drawn = types.WidgetItem.model_validate(item).model_copy(update={"widget": names_card(names, name)})
+        await context.stream(types.ThreadItemReplacedEvent(item=drawn))
+        await context.replace_widget(item["id"], names_card([name]), copy_text=name)
+        context.thread.title = f"{name}'s Lounge"
+        context.thread.status = types.LockedStatus(reason="The cat sleeps.")
+        await say(context, f"Love that choice. {name} it is.")
+
+    naming, feeding = Call("suggest_names", {"names": ["Tom", "Kit"]}), Call("feed_cat", {"meal": "tuna"})
+    tools = [suggest_names, feed_cat, show_cat]
+    agent = scripted([naming], [feeding], ["Purr."], [Call("show_cat")], tools=tools)
+    agent.tool_use_behavior = StopAtTools(stop_at_tool_names=[tool.name for tool in tools])
+    with serving(agent, on_action=on_action) as client:
+        events = create(client, "name it")
+        [widget] = items(client, "widget")
+        click = widget["widget"]["children"][0]["onClickAction"]
+        action = {name: click[name] for name in ("type", "payload")}
+        events += exchange(client, "threads.custom_action", item_id=widget["id"], action=action)
+        check_stored(client, events)
+        assert {"type": "progress_update", "text": "Thinking of names"} in events
+        thread = next(event["thread"] for event in events if event["type"] == "thread.updated")
+        assert (thread["title"], thread["status"]["reason"]) == ("Tom's Lounge", "The cat sleeps.")
+        assert items(client, "widget")[0]["copy_text"] == "Tom"
+        client.patch("/api/conversations/1", json={"status": "active"}).raise_for_status()
+        call = last_item(send(client, "feed it"))
+        assert call == {**call, "name": "update_cat", "arguments": {"fed": "tuna"}, "status": "pending"}
+        exchange(client, "threads.add_client_tool_output", result={"ok": True})
+        assert "<FED>tuna" in shown(agent) and texts(client)[2].endswith("Tom it is.")
+        send(client, "show it")
+        assert items(client, "generated_image")[0]["image"]["url"] == "https://cats.example/tom.png"
+        cited = items(client, "assistant_message")[0]["content"][0]["annotations"]
+        assert [note["source"]["id"] for note in cited] == ["Tom", "Kit"]
+
+
+# ================================================================================================= Faults
 # What breaks around the server, and what must survive it. Failing providers are in a section of their own.
 
 slow = pytest.mark.skipif(not TEST_ALL, reason="takes long: set CHATKIT_TEST_ALL=1")
@@ -3602,47 +3346,24 @@ def dump(path: Path | str) -> list[str]:
         return list(connection.iterdump())
 
 
-def assert_sound(path: Path | str) -> None:
-    assert rows_of(path, "PRAGMA integrity_check") == [("ok",)]
-    assert rows_of(path, "PRAGMA foreign_key_check") == []
-    assert rows_of(path, "SELECT id FROM messages WHERE status = 'streaming'") == []
+def change(path: Path | str, sql: str) -> None:
+    """Somebody else does this to the file."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.executescript(sql)
 
 
 @contextlib.contextmanager
 def locked(path: Path | str) -> Iterator[None]:
-    """Another process is in the middle of writing to the file."""
-    code = (
-        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN IMMEDIATE')\n"
-        "print('locked', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-S", "-c", code, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
-        assert process.stdout.readline() == b"locked\n"
-        try:
-            yield
-        finally:
-            process.stdin.close()
-            process.wait()
+    """Somebody else is in the middle of writing to the file."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
 
 
-@contextlib.contextmanager
-def serving_chat(agent: Agent[Any] | None = None, **settings: Any) -> Iterator[tuple[Client, ck.Chat]]:
-    """As serving(), with the app's state beside the client."""
-    app = ck.create_app(agent, settings=ck.Settings(**{"database": ":memory:", "model": "demo", **settings}))
-    with ck.serve_in_background(app) as url, Client(base_url=url, timeout=DEADLINE) as client:
-        client.get("/health").raise_for_status()  # open
-        yield client, app.state.chat
-
-
-def in_loop_of(chat: ck.Chat, work: Coroutine[Any, Any, Any]) -> Any:
-    assert chat._keeper is not None
-    return asyncio.run_coroutine_threadsafe(work, chat._keeper.get_loop()).result(DEADLINE)
-
-
-def pragma(chat: ck.Chat, text: str) -> None:
-    """Change what the server's own connection may do."""
-    in_loop_of(chat, chat.store._read(f"PRAGMA {text}"))
+def assert_sound(path: Path | str) -> None:
+    assert rows_of(path, "PRAGMA integrity_check") == [("ok",)]
+    assert rows_of(path, "PRAGMA foreign_key_check") == []
+    assert rows_of(path, "SELECT id FROM messages WHERE status = 'streaming'") == []
 
 
 def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
@@ -3651,69 +3372,42 @@ def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(work, range(count)))
 
 
+@contextlib.contextmanager
+def serving_file(path: Path, *responses: Any, **options: Any) -> Iterator[tuple[Client, Any]]:
+    """A server on a file, and a function for SQL on its own connection; conversation 1 is "hi", "Ready."."""
+    held: list[Any] = []
+
+    async def instructions(wrapper: RunContextWrapper[ck.TurnContext], _: Any) -> str:
+        held[:] = wrapper.context.store, asyncio.get_running_loop()
+        return ""
+
+    agent = scripted(["Ready."], *responses, instructions=instructions, **options)
+    with serving(agent, database=str(path)) as client:
+        client.send_message("hi")
+        store, loop = held
+        yield client, lambda sql: asyncio.run_coroutine_threadsafe(store.execute(sql), loop).result(DEADLINE)
+
+
+def assert_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
+
+
 # ---- the process dies
 
 
-class Paced(Script):
-    """Says a word, calls the tool `pause`, then says a hundred words, 20 ms apart; "briefly" makes it three.
-
-    Keeps nothing between two calls: so it answers in any number of conversations at once.
-    """
-
-    async def stream_response(
-        self, system_instructions: Any, input: Any, *rest: Any, **more: Any
-    ) -> AsyncIterator[Any]:
-        words = 3 if "briefly" in json.dumps(input[-4:]) else 100
-        if input[-1].get("type") == "function_call_output":
-            steps: list[Any] = [f"w{number} " for number in range(words)]
-        else:
-            steps = ["Wait. ", Call("pause", call_id="call_" + secrets.token_hex(4))]
-        async for event in Script(steps, delay=0.02).stream_response(system_instructions, input, *rest, **more):
-            yield event
+def paced(body: dict[str, Any]) -> list[Any]:
+    """An answer: a word and a tool call, then a hundred words, 20 ms apart; "briefly" makes it three."""
+    if body["messages"][-1]["role"] != "tool":
+        return ["Wait. ", 0.2, Call("add_task", {"title": "rest"}, "call_" + secrets.token_hex(4))]
+    words = 3 if "briefly" in json.dumps(body["messages"][-3:]) else 100
+    return [step for number in range(words) for step in (f"w{number} ", 0.02)]
 
 
-@function_tool
-async def pause(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-    """Take a while."""
-    await asyncio.sleep(0.2)
-    return json.dumps({"rested": True})
-
-
-def paced_agent() -> Agent[Any]:
-    return Agent(name="Paced", model=Paced(), tools=[pause])
-
-
-PACED_SERVER = f"""
-import functools, sys
-import {Path(__file__).stem} as tests
-tests.ck.create_app = functools.partial(tests.ck.create_app, tests.paced_agent())
-sys.exit(tests.ck.main())
-"""
-
-
-class PacedProcess(Process):
-    """The server as `python chatkit_server.py` starts it, but with the paced agent."""
-
-    def __init__(self, cwd: Path) -> None:
-        self.log_file = cwd / "log.txt"
-        self._log = self.log_file.open("ab")
-        self.process = self.launch(cwd)
-        assert self.process.stdout is not None
-        self.lines = [self.process.stdout.readline().rstrip() for _ in range(3)]
-        self.url = self.lines[0].removeprefix("Listening on ")
-
-    @staticmethod
-    def launch(cwd: Path) -> subprocess.Popen[str]:
-        path = os.pathsep.join([str(HERE), str(Path(__file__).parent)])
-        with open(cwd / "log.txt", "ab") as log_file:
-            return subprocess.Popen(
-                [sys.executable, "-c", PACED_SERVER, "--port", "0"],
-                cwd=cwd,
-                env={**CLEAN_ENV, "PYTHONPATH": path},
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                text=True,
-            )
+@pytest.fixture(scope="module")
+def paced_env() -> Iterator[dict[str, str]]:
+    """The environment in which `python chatkit_server.py` is answered by a paced provider."""
+    with Provider(paced) as provider:
+        yield env_of(pointing_at(provider, "chat")[0])
 
 
 @dataclass
@@ -3725,14 +3419,13 @@ class Heard:
     events: list[tuple[float, dict[str, Any]]] = field(default_factory=list)  # each with the time it came
     ended: bool = False
 
-    def listen(self, url: str, thread_id: int | None, timeout: float = DEADLINE) -> Heard:
+    def listen(self, url: str, thread_id: int | None = None) -> Heard:
         body = {"message": self.message, **({"thread_id": thread_id} if thread_id else {})}
         with (
             contextlib.suppress(httpx.HTTPError),
-            httpx.Client(base_url=url, timeout=timeout) as client,
+            Client(base_url=url, timeout=60) as client,
             client.stream("POST", "/chatkit", json=body) as response,
         ):
-            assert response.status_code == 200, response.read()
             self.conversation_id = int(response.headers["x-thread-id"])
             for event in plain_events(response):
                 self.events.append((time.monotonic(), event))
@@ -3741,212 +3434,147 @@ class Heard:
 
     def texts(self, before: float = math.inf) -> dict[int, str]:
         """What was said up to a moment, by message."""
-        texts: dict[int, str] = {}
+        texts = collections.defaultdict[int, str](str)
         for when, event in self.events:
             if event["type"] == "text" and when < before:
-                texts[event["message_id"]] = texts.get(event["message_id"], "") + event["content"]
+                texts[event["message_id"]] += event["content"]
         return texts
 
 
-class Victim:
-    """A server that is killed and started again, each time with ten turns, on one file."""
-
-    def __init__(self, cwd: Path, seed: int, *, long: bool) -> None:
-        cwd.mkdir()
-        self.long = long
-        self.cwd = cwd
-        self.random = random.Random(seed)
-        self.heard: list[Heard] = []  # all that was ever acknowledged
-        self.conversations: list[int] = []
-        self.killed_at = 0.0
-        self.kills = 0
-
-    def kill_at_start(self) -> None:
-        process = PacedProcess.launch(self.cwd)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.random.uniform(0.5, 3))
-        assert process.poll() is None, "a start failed"
-        process.kill()
-        process.communicate()
-
-    def kill_in_turns(self) -> None:
-        """Start, look whether all is there that must be, have ten turns begun, and kill it while they run."""
-        with PacedProcess(self.cwd) as server:
-            self.check()
-            with ThreadPoolExecutor(10) as pool:
-                turns = [pool.submit(self._talk, server.url, slot) for slot in range(10)]
-                time.sleep(self.random.uniform(0.05, 3.5 if self.long else 0.8))
-                self.killed_at = time.monotonic()
-                server.stop(signal.SIGKILL)
-            heard = [turn.result() for turn in turns]
-        self.kills += 1
-        self.heard += [each for each in heard if each.conversation_id]
-        self.conversations = sorted({each.conversation_id for each in self.heard})
-
-    def _talk(self, url: str, slot: int) -> Heard:
-        wait, number = self.random.uniform(0, 1.5 if self.long else 0.3), self.random.randrange(10**9)
-        time.sleep(wait)
-        known = self.conversations[slot] if slot < len(self.conversations) else None
-        heard = Heard(f"turn {number}").listen(url, known)
-        return Heard(f"and {number}").listen(url, heard.conversation_id) if heard.ended else heard
-
-    def check(self) -> None:
-        path = self.cwd / "chatkit.db"
-        assert_sound(path)
-        stored = {row[0]: row[1:] for row in rows_of(path, "SELECT id, conversation_id, role, content FROM messages")}
-        users = {(conversation, content) for conversation, role, content in stored.values() if role == "user"}
-        for heard in self.heard:
-            assert (heard.conversation_id, heard.message) in users
-            before = math.inf if heard.ended else self.killed_at - 0.5
-            for message_id, text in heard.texts(before).items():
-                assert stored[message_id][2].startswith(text), (heard.message, text, stored[message_id])
-        self.heard = [each for each in self.heard if each.ended]  # the next kill is not theirs; those stay as they are
-
-    def check_that_it_goes_on(self) -> None:
-        with PacedProcess(self.cwd) as server:
-            self.check()
-            assert self.conversations
-            count = len(self.conversations)
-            for heard in at_once(count, lambda n: Heard("go on, briefly").listen(server.url, self.conversations[n])):
-                assert heard.ended and heard.events[-1][1]["status"] == "completed"
-            with server.client() as client:
-                for conversation_id in self.conversations:
-                    assert {row["status"] for row in client.messages(conversation_id)} <= {"done", "interrupted"}
-        assert "Traceback" not in (self.cwd / "log.txt").read_text()
+def check_kept(path: Path, heard: list[Heard], killed_at: float) -> None:
+    """All that was acknowledged is there: messages, and what was said until half a second before the kill."""
+    assert_sound(path)
+    rows = rows_of(path, "SELECT id, conversation_id, role, content FROM messages")
+    stored = {row[0]: row[3] for row in rows}
+    for each in heard:
+        assert (each.conversation_id, "user", each.message) in {row[1:] for row in rows}
+        for message_id, text in each.texts(math.inf if each.ended else killed_at - 0.5).items():
+            assert stored[message_id].startswith(text), (each.message, text, stored[message_id])
 
 
-@pytest.mark.parametrize(("servers", "kills"), [(2, 1), pytest.param(2, 10, marks=slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=slow)])
 def test_whenever_it_is_killed_what_was_acknowledged_is_there_and_it_goes_on(
-    tmp_path: Path, servers: int, kills: int
+    tmp_path: Path, paced_env: dict[str, str], kills: int
 ) -> None:
-    """Ten turns in each server when it is killed: 200 turns in the long run, and starts that are killed in between."""
+    """Ten turns at each kill: 200 turns in the long run, and starts that are killed in between."""
+    heard, killed_at, chance = list[Heard](), 0.0, random.Random(kills)
+    path, longest_wait = tmp_path / "chatkit.db", 0.3 if kills == 1 else 1.5
 
-    def torment(seed: int) -> None:
-        victim = Victim(tmp_path / str(seed), seed, long=kills > 1)
-        for number in range(kills):
-            if kills > 1 and number % 2:
-                victim.kill_at_start()
-            victim.kill_in_turns()
-        victim.check_that_it_goes_on()
+    def talk(url: str, known: int | None, wait: float) -> list[Heard]:
+        time.sleep(wait)
+        first = Heard(f"turn {wait}").listen(url, known)
+        return [first, Heard(f"and {wait}").listen(url, first.conversation_id)] if first.ended else [first]
 
-    at_once(servers, torment)
+    for kill in range(kills):
+        if kill % 2:
+            command = [sys.executable, str(HERE / "chatkit_server.py"), "--port", "0"]
+            env, seconds = {**CLEAN_ENV, **paced_env}, chance.uniform(0.5, 3)
+            with pytest.raises(subprocess.TimeoutExpired):  # which kills it; or the start failed
+                subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=seconds)
+        with Process(cwd=tmp_path, env=paced_env) as server, ThreadPoolExecutor(10) as pool:
+            check_kept(path, heard, killed_at)
+            heard = [each for each in heard if each.ended]  # the others are not of the next kill
+            known = [*sorted({each.conversation_id for each in heard}), *[None] * 10][:10]
+            turns = [pool.submit(talk, server.url, each, chance.uniform(0, longest_wait)) for each in known]
+            time.sleep(chance.uniform(0.05, 3.5) if kills > 1 else 0.9)
+            killed_at = time.monotonic()
+            server.stop(signal.SIGKILL)
+            heard += [each for turn in turns for each in turn.result() if each.conversation_id]
+    with Process(cwd=tmp_path, env=paced_env) as server, server.client() as client:
+        check_kept(path, heard, killed_at)
+        every = sorted({each.conversation_id for each in heard})
+        assert every
+        for each in at_once(len(every), lambda number: Heard("briefly").listen(server.url, every[number])):
+            assert each.ended and each.events[-1][1]["status"] == "completed"
+        for conversation_id in every:
+            assert {row["status"] for row in client.messages(conversation_id)} <= {"done", "interrupted"}
+    assert "Traceback" not in server.log_file.read_text()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
-def test_a_signal_ends_fifty_turns_saved_and_explained_within_two_seconds(tmp_path: Path, how: signal.Signals) -> None:
-    readers = [Heard(f"turn {number}") for number in range(50)]
-    with PacedProcess(tmp_path) as server, ThreadPoolExecutor(50) as pool:
-        following = [pool.submit(reader.listen, server.url, None) for reader in readers]
+def test_a_signal_ends_fifty_turns_saved_and_explained_within_two_seconds(
+    tmp_path: Path, paced_env: dict[str, str], how: signal.Signals
+) -> None:
+    path, readers = tmp_path / "chatkit.db", [Heard(f"turn {number}") for number in range(50)]
+    with Process(cwd=tmp_path, env=paced_env) as server, ThreadPoolExecutor(50) as pool:
+        following = [pool.submit(reader.listen, server.url) for reader in readers]
         until(lambda: all(reader.texts() for reader in readers))
         began = time.monotonic()
-        status = server.stop(how)
-        assert time.monotonic() - began < 2
+        assert server.stop(how) in (0, -how) and time.monotonic() - began < 2
         for each in following:
             each.result()
-    assert status in (0, -how)
-    assert [each.name for each in tmp_path.glob("chatkit.db*")] == ["chatkit.db"]  # which may be copied: no -wal beside
-    stored = dict(rows_of(tmp_path / "chatkit.db", "SELECT id, content FROM messages WHERE role = 'assistant'"))
+    assert [each.name for each in tmp_path.glob("chatkit.db*")] == ["chatkit.db"]  # may be copied: no -wal
+    stored = dict(rows_of(path, "SELECT id, content FROM messages WHERE role = 'assistant'"))
     for reader in readers:
         assert reader.ended
         error, done = (event for _, event in reader.events[-2:])
         assert (error["type"], error["code"], error["allow_retry"]) == ("error", "shutdown", True)
         assert (done["type"], done["status"]) == ("done", "failed")
         assert {message_id: stored[message_id] for message_id in reader.texts()} == reader.texts()
-    assert_sound(tmp_path / "chatkit.db")
-    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    assert_sound(path)
+    assert "Traceback" not in server.log_file.read_text()
 
 
 # ---- the database
 
 
-@pytest.mark.parametrize("seconds", [0.3, pytest.param(3, marks=slow)])
-def test_a_short_lock_is_waited_for(tmp_path: Path, seconds: float) -> None:
-    path = tmp_path / "chatkit.db"
-    with serving(scripted(["Hello."]), database=str(path)) as client, ThreadPoolExecutor(1) as pool:
-        with locked(path):
-            answer = pool.submit(client.send_message, "hi")
-            time.sleep(seconds)
-            assert not answer.done()
-        assert said(answer.result(DEADLINE)) == "Hello."
-
-
-@pytest.mark.parametrize("patience", [0.2, pytest.param(5, marks=slow)])
-def test_a_long_lock_is_a_503_that_leaves_nothing_behind(
-    tmp_path: Path, patience: float, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Eight at a time, again and again for a minute (or a second): each is told within two waits of one of them."""
-    path, end = tmp_path / "chatkit.db", 60 if patience == 5 else 0.3
-    with serving_chat(scripted(["Hello."]), database=str(path)) as (client, chat):
-        pragma(chat, f"busy_timeout = {int(patience * 1000)}")
-        thread_id = client.send_message("before")[0]["thread_id"]
-        before = dump(path)
-        requests: list[tuple[str, str, dict[str, Any]]] = [
-            ("POST", "/chatkit", {"message": "new"}),
-            ("POST", "/chatkit", {"message": "more", "thread_id": thread_id}),
-            ("PATCH", f"/api/conversations/{thread_id}", {"title": "other"}),
-            ("POST", "/chatkit", {"type": "threads.create", "params": {"input": user_input("new")}}),
-        ]
-        requests += [("POST", "/chatkit", {"message": "new"})] * 4
-
-        def ask(number: int) -> tuple[httpx.Response, float]:
-            method, url, body = requests[number]
-            began = time.monotonic()
-            response = client.request(method, url, json=body, timeout=60)
-            return response, time.monotonic() - began
-
-        with locked(path):
-            until_when = time.monotonic() + end
-            while time.monotonic() < until_when:
-                for response, took in at_once(len(requests), ask):
-                    assert response.status_code == 503 and response.headers["retry-after"]
-                    assert "locked" in response.json()["detail"]
-                    assert took < 3 * patience
-            assert client.get(f"/api/conversations/{thread_id}").status_code == 200  # readers do not mind
-        assert "the database failed" in caplog.text
-        assert dump(path) == before
-        assert said(client.send_message("after", thread_id)) == "Hello."
-        assert_sound(path)
-
-
-@pytest.mark.parametrize("seconds", [0.4, pytest.param(12, marks=slow)])
-@pytest.mark.parametrize("moment", ["before the first word", "in the middle", "after the last word"])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(12, marks=slow)])
+@pytest.mark.parametrize("words_before", [0, 1, 2])
 def test_a_lock_during_a_turn_does_not_lose_the_answer(
-    tmp_path: Path, moment: str, seconds: float, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, words_before: int, seconds: float
 ) -> None:
-    """The lock lasts longer than SQLite waits by itself."""
-    path, wait = tmp_path / "chatkit.db", Wait()
-    steps: dict[str, list[Any]] = {
-        "before the first word": [wait, "Hello ", "world."],
-        "in the middle": ["Hello ", wait, "world."],
-        "after the last word": ["Hello ", "world.", wait],
-    }
-    with serving_chat(scripted(steps[moment]), database=str(path)) as (client, chat), ThreadPoolExecutor(1) as pool:
+    """The lock lasts longer than SQLite waits by itself; a short one afterwards holds up the next message."""
+    path, wait, steps = tmp_path / "chatkit.db", Wait(), list[Any](["Hello ", "world."])
+    steps.insert(words_before, wait)
+    with serving_file(path, steps) as (client, sql), ThreadPoolExecutor(1) as pool:
         if seconds < 5:
-            pragma(chat, "busy_timeout = 100")
-        answer = pool.submit(Heard("hi").listen, str(client.base_url), None, 60)
+            sql("PRAGMA busy_timeout = 100")
+        answer = pool.submit(Heard("hi").listen, str(client.base_url))
         assert wait.reached.wait(DEADLINE)
         with locked(path):
             wait.gate.set()
             time.sleep(seconds)
         heard = answer.result(60)
         assert heard.ended and heard.events[-1][1]["status"] == "completed"
-        assert [m["content"] for m in client.messages(1)] == ["hi", "Hello world."]
+        assert [row["content"] for row in client.messages(2)] == ["hi", "Hello world."]
+        sql("PRAGMA busy_timeout = 5000")
+        with locked(path):
+            answer = pool.submit(Heard("more").listen, str(client.base_url), 2)
+            time.sleep(0.1)
+            assert not answer.done()
+        assert answer.result(60).ended and len(client.messages(2)) == 4
     assert_sound(path)
 
 
 def test_text_said_during_a_lock_is_saved_after_it_without_waiting_for_more(tmp_path: Path) -> None:
     path, locking, silence = tmp_path / "chatkit.db", Wait(), Wait()
-    agent = scripted(["one ", locking, *["two "] * 30, silence, "three"], delay=0.02)
-    with serving_chat(agent, database=str(path)) as (client, chat), ThreadPoolExecutor(1) as pool:
-        pragma(chat, "busy_timeout = 100")
-        answer = pool.submit(client.send_message, "hi")
+    answer = ["one ", locking, *["two "] * 15, silence, "three"]
+    with serving_file(path, answer, delay=0.02) as (client, sql), ThreadPoolExecutor(1) as pool:
+        sql("PRAGMA busy_timeout = 100")
+        running = pool.submit(client.send_message, "hi")
         assert locking.reached.wait(DEADLINE)
         with locked(path):
             locking.gate.set()
             assert silence.reached.wait(DEADLINE)
-        until(lambda: rows_of(path, "SELECT 1 FROM messages WHERE content LIKE '%' || ?", "two " * 30), 1.5)
-        silence.gate.set()
-        answer.result(DEADLINE)
+        try:
+            until(
+                lambda: rows_of(path, "SELECT 1 FROM messages WHERE content LIKE ?", "%two " * 15 + "%"), 1.5
+            )
+        finally:
+            silence.gate.set()
+        assert running.result(DEADLINE)[-1]["status"] == "completed"
+
+
+def takes_nothing(client: Client, told: str, text: str = "new") -> None:
+    """What must write is refused: with a 503, or on ChatKit's streams, where it shows nowhere, an `error`."""
+    created = {"type": "threads.create", "params": {"input": user_input(text)}}
+    bodies = [{"message": text}, {"message": text, "thread_id": 1}, created]
+    responses = at_once(3, lambda number: client.post("/chatkit", json=bodies[number], timeout=60))
+    (error,) = chatkit_events(responses.pop().raise_for_status().text)
+    assert error["message"].startswith(told) and error["allow_retry"]
+    for response in responses:
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.json()["detail"].startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -3956,285 +3584,209 @@ def test_text_said_during_a_lock_is_saved_after_it_without_waiting_for_more(tmp_
         ("query_only = ON", "query_only = OFF", "The database is read-only"),
     ],
 )
-def test_a_database_that_takes_nothing_more_is_a_503_that_says_why(
+def test_an_answer_that_the_database_does_not_take_fails_and_the_next_is_taken(
     tmp_path: Path, limit: str, lift: str, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, wait = tmp_path / "chatkit.db", Wait()
-    with serving_chat(scripted(["Hello ", wait, "x" * 50_000]), database=str(path)) as (client, chat):
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(client.send_message, "hi")
-            assert wait.reached.wait(DEADLINE)
-            pragma(chat, limit)
-            wait.gate.set()
-            error, done = running.result(DEADLINE)[-2:]
+    with serving_file(path, ["Hello ", wait, "x" * 50_000]) as (client, sql), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.send_message, "hi", 1)
+        assert wait.reached.wait(DEADLINE)
+        sql(f"PRAGMA {limit}")
+        wait.gate.set()
+        error, done = running.result(DEADLINE)[-2:]
         assert (error["type"], error["code"], done["status"]) == ("error", "storage", "failed")
         assert error["message"].startswith(told)
-        full = "x" * 30_000
-        bodies = [
-            {"message": full},
-            {"message": full, "thread_id": 1},
-            {"type": "threads.create", "params": {"input": user_input(full)}},
-        ]
-        for body in bodies * 2:
-            response = client.post("/chatkit", json=body)
-            assert response.status_code == 503 and response.json()["detail"].startswith(told)
-            assert response.headers["retry-after"]
-        assert len(re.findall("the database failed", caplog.text)) >= 6
-        assert client.get("/api/conversations/1").status_code == 200
-        assert rows_of(path, "SELECT content FROM messages WHERE role = 'user'") == [("hi",)]
-        assert rows_of(path, "SELECT COUNT(*) FROM conversations") == [(1,)]
-        pragma(chat, lift)
+        takes_nothing(client, told, "x" * 30_000)
+        assert caplog.text.count("the database failed") >= 3
+        assert len(client.messages(1)) >= 3  # readers do not mind
+        assert rows_of(path, "SELECT COUNT(*) FROM messages WHERE role = 'user'") == [(2,)]
+        sql(f"PRAGMA {lift}")
         assert client.send_message("again", 1)[-1]["status"] == "completed"
-        first, failed, *rest = [row["status"] for row in client.messages(1)]
-        assert failed in ("failed", "interrupted") and {first, *rest} == {"done"}
+        states = [row["status"] for row in client.messages(1)]
+        assert states.pop(3) in ("failed", "interrupted") and set(states) == {"done"}
     assert_sound(path)
 
 
-@pytest.mark.parametrize("fate", ["deleted", "replaced"])
-def test_a_file_that_went_away_takes_no_more_messages(
-    tmp_path: Path, fate: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("patience", [0.15, pytest.param(5, marks=slow)])
+def test_a_long_lock_is_refused_and_leaves_nothing_behind(tmp_path: Path, patience: float) -> None:
+    path = tmp_path / "chatkit.db"
+    with serving_file(path, ["Hello."]) as (client, sql):
+        sql(f"PRAGMA busy_timeout = {int(patience * 1000)}")
+        before, began = dump(path), time.monotonic()
+        with locked(path):
+            takes_nothing(client, "The database is locked")
+            renamed = client.patch("/api/conversations/1", json={"title": "other"}, timeout=60)
+            assert renamed.status_code == 503 and time.monotonic() - began < 6 * patience
+            assert client.messages(1)  # readers do not mind
+        assert dump(path) == before
+        assert said(client.send_message("after", 1)) == "Hello."
+    assert_sound(path)
+
+
+@pytest.mark.parametrize("fate", ["is gone", "was replaced"])
+def test_a_file_that_went_away_takes_no_more_messages(tmp_path: Path, fate: str) -> None:
     """SQLite would go on writing to the deleted file, and all of it would be gone at the end."""
     path = tmp_path / "chatkit.db"
-    with serving(scripted(["Hello."]), database=str(path)) as client:
-        client.send_message("hi")
+    with serving_file(path) as (client, _):
         path.unlink()
-        if fate == "replaced":
-            with contextlib.closing(sqlite3.connect(path)) as other:
-                other.execute("CREATE TABLE mine (x)")
-        for body in ({"message": "more"}, {"message": "more", "thread_id": 1}):
-            response = client.post("/chatkit", json=body)
-            assert response.status_code == 503 and "Stop the server" in response.json()["detail"]
+        if fate == "was replaced":
+            change(path, "CREATE TABLE mine (x)")
+        takes_nothing(client, f"The database file {fate}. Stop the server")
         assert client.get("/health").status_code == 503
-        assert "the database failed" in caplog.text
     assert not path.exists() or rows_of(path, "SELECT name FROM sqlite_schema") == [("mine",)]
 
 
-def test_the_working_directory_may_change_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_may_change_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with serving(scripted(["Hello."]), database="chatkit.db") as client:
         monkeypatch.chdir("/")  # as notebooks do
         assert said(client.send_message("hi")) == "Hello."
 
 
-def make_unusable(path: Path, kind: str) -> None:
-    if kind == "a directory":
-        path.mkdir()
-        return
-    if kind == "not a database":
-        path.write_bytes(b"Dear diary, " * 1000)
-        return
-    if kind == "of a newer version":
-        asyncio.run(open_and_close(path))
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        if kind == "of a newer version":
-            connection.execute(f"PRAGMA user_version = {ck.SCHEMA_VERSION + 1}")
-        else:
-            connection.execute("CREATE TABLE recipes (name TEXT, status TEXT)")
-            connection.execute("INSERT INTO recipes VALUES ('soup', 'streaming')")
-        if kind == "of another program with a version":
-            connection.execute(f"PRAGMA user_version = {ck.SCHEMA_VERSION}")
-
-
-async def open_and_close(path: Path) -> None:
-    async with ck.Store(path):
-        pass
+SOUP = "CREATE TABLE conversations (name, status)"
+OURS = (HERE / "schema.sql").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("content", "told"),
     [
-        ("not a database", "not a database"),
-        ("a directory", "unable to open"),
-        ("of a newer version", "newer version"),
-        ("of another program", "something else"),
-        ("of another program with a version", "something else"),
+        ("Dear diary, " * 1000, "not a database"),
+        (f"{OURS}; PRAGMA user_version = {ck.SCHEMA_VERSION + 1}", "newer version"),
+        (f"{SOUP}; PRAGMA user_version = {ck.SCHEMA_VERSION}", "something else"),
     ],
+    ids=["no database", "a newer version", "another program's with our version"],
 )
 def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
-    tmp_path: Path, kind: str, told: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, content: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "some.db"
-    make_unusable(path, kind)
-    before = path.read_bytes() if path.is_file() else b""
+    if content.startswith("Dear"):
+        path.write_text(content)
+    else:
+        change(path, content)
+    before = path.read_bytes()
     assert ck.main(["--port", "0", "--database", str(path), "--model", "demo"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if line.startswith("chatkit_server: ")]) == 1 and told in lines[-1]
-    assert not any("Traceback" in line for line in lines)
-    assert (path.read_bytes() if path.is_file() else b"") == before
-    assert [each.name for each in tmp_path.iterdir()] == ["some.db"]
-
-
-def test_a_row_edited_by_hand_into_bad_json_is_read_as_far_as_it_goes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "chatkit.db"
-    with serving(parrot_agent(), database=str(path)) as client:
-        for number, (column, broken) in enumerate(
-            [("tool_calls", "{"), ("tool_calls", "[1]"), ("tool_calls", "5"), ("extra", "]"), ("extra", "5")], 1
-        ):
-            client.send_message("hi")
-            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-                connection.execute("PRAGMA ignore_check_constraints = ON")
-                connection.execute(f"UPDATE messages SET {column} = ? WHERE conversation_id = ?", (broken, number))
-            assert [row["content"] for row in client.messages(number)] == ["hi", "hi", "hi+hi"]
-            assert len(client.operate("items.list", thread_id=str(number))["data"]) == 3
-            assert said(client.send_message("more", number)) == "more+more"
-        assert "cannot be read" in caplog.text
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("chatkit_server: ") and told in line
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # ---- the store
 
 
-def test_writers_that_fail_take_nobody_elses_rows_along(tmp_path: Path) -> None:
+async def begin(store: ck.Store, message: str = "hi", begun: list[int] | None = None) -> None:
+    """One message, answered without a server; the id of its conversation comes into `begun`."""
+    async for event in ck.stream_agent(message, agent=scripted(["Hello."]), store=store):
+        if begun is not None and event["type"] == "thread":
+            begun.append(event["thread_id"])
+
+
+def test_writers_that_fail_or_are_cancelled_take_nobody_elses_rows_along(tmp_path: Path) -> None:
+    """Each row stands for a beginning or a note that succeeds; a beginning is two rows or none."""
+    path, begun, chance = tmp_path / "chatkit.db", list[int](), random.Random(1)
+
+    async def fail(work: Coroutine[Any, Any, Any]) -> None:
+        with pytest.raises((sqlite3.Error, ck.StoreError)):
+            await work
+
+    async def cancel(store: ck.Store, step: int) -> None:
+        beginning = asyncio.create_task(begin(store, begun=begun))
+        for _ in range(step // 3):
+            await asyncio.sleep(0)
+        await asyncio.sleep(step % 3 * 0.0002)
+        beginning.cancel()
+        beginning.cancel()
+        await asyncio.wait([beginning])
+
     async def interleave() -> None:
-        async with ck.Store(tmp_path / "chatkit.db") as store:
-            conversation, _ = await store.add_user_message("ann", None, "title", "first")
-
-            def two_statements(db: sqlite3.Connection) -> None:
-                db.execute("INSERT INTO tasks (user_id, title) VALUES ('ann', 'half')")
-                db.execute("INSERT INTO tasks (user_id, title) VALUES ('ann', NULL)")
-
-            async def fail_in_transaction() -> None:
-                with pytest.raises(sqlite3.IntegrityError):
-                    await store._transaction(two_statements)
-
-            async def fail_in_statement() -> None:
-                with pytest.raises(sqlite3.IntegrityError):
-                    await store.add_message("ann", conversation["id"], "no such role")
-
-            async def fail_in_begin() -> None:
-                with pytest.raises(sqlite3.Error):
-                    await store.add_user_message("ann", None, "half", cast(Any, None))
-
-            work: list[Coroutine[Any, Any, Any]] = []
-            for number in range(100):
-                work += [
-                    store.add_task("ann", f"task {number}"),
-                    fail_in_transaction(),
-                    store.add_message("ann", conversation["id"], "user", f"message {number}"),
-                    fail_in_statement(),
-                    store.add_user_message("ann", None, f"conversation {number}", "first"),
-                    fail_in_begin(),
-                ]
-            random.Random(1).shuffle(work)
-            await asyncio.gather(*work)
+        async with ck.Store(path) as store:
+            when = "WHEN NEW.content = 'half' BEGIN SELECT RAISE(ABORT, 'no'); END"
+            await store.execute(f"CREATE TRIGGER t BEFORE INSERT ON messages {when}")
+            await store.execute("CREATE TABLE notes (text TEXT NOT NULL)")
+            note = functools.partial(store.execute, "INSERT INTO notes VALUES (?)")
+            for step in range(60):
+                work = [begin(store, begun=begun), fail(begin(store, "half")), note("x"), fail(note(None))]
+                others = chance.sample(work, 4)
+                await asyncio.gather(*others[:2], cancel(store, step), *others[2:])
+                await asyncio.to_thread(change, path, "BEGIN IMMEDIATE")  # nobody holds a transaction open
 
     asyncio.run(interleave())
-    count = "SELECT (SELECT COUNT(*) FROM tasks), (SELECT COUNT(*) FROM messages), (SELECT COUNT(*) FROM conversations)"
-    assert rows_of(tmp_path / "chatkit.db", count) == [(100, 201, 101)]
-    assert_sound(tmp_path / "chatkit.db")
-
-
-def test_a_beginning_that_is_cancelled_leaves_both_rows_or_none(tmp_path: Path) -> None:
-    async def cancel_each_step() -> int:
-        kept = 0
-        async with ck.Store(tmp_path / "chatkit.db") as store:
-            for step in range(60):
-                cancelled = asyncio.create_task(store.add_user_message("ann", None, f"cancelled {step}", "first"))
-                others = [asyncio.create_task(store.add_task("ann", f"{step}-{number}")) for number in range(3)]
-                for _ in range(step // 3):
-                    await asyncio.sleep(0)
-                await asyncio.sleep(step % 3 * 0.0002)
-                cancelled.cancel()
-                cancelled.cancel()
-                done = await asyncio.gather(cancelled, return_exceptions=True)
-                kept += not isinstance(done[0], BaseException)
-                await asyncio.gather(*others)
-                assert store._connection is not None and not store._connection.in_transaction
-                assert not store._lock.locked()
-        return kept
-
-    acknowledged = asyncio.run(cancel_each_step())
-    path = tmp_path / "chatkit.db"
-    assert rows_of(path, "SELECT COUNT(*) FROM tasks") == [(180,)]
-    alone = "SELECT id FROM conversations c WHERE (SELECT COUNT(*) FROM messages WHERE conversation_id = c.id) <> 1"
-    assert rows_of(path, alone) == []
-    assert rows_of(path, "SELECT COUNT(*) FROM conversations")[0][0] >= acknowledged
+    assert rows_of(path, "SELECT COUNT(*) FROM notes") == [(60,)]
+    users = "SELECT COUNT(*) FROM messages WHERE role = 'user' AND conversation_id = c.id"
+    assert rows_of(path, f"SELECT id FROM conversations c WHERE ({users}) <> 1") == []
+    assert len(begun) >= 60 and set(begun) <= {
+        row[0] for row in rows_of(path, "SELECT id FROM conversations")
+    }
     assert_sound(path)
 
 
-def test_two_servers_may_start_at_once_on_a_new_file(tmp_path: Path) -> None:
+def test_four_servers_may_start_at_once_on_a_new_file(tmp_path: Path) -> None:
     async def use(path: Path) -> None:
         async with ck.Store(path) as store:
-            await store.add_user_message("ann", None, "title", "first")
+            await begin(store)
 
-    for number in range(10):
-        path = tmp_path / f"{number}.db"
+    for path in [tmp_path / f"{number}.db" for number in range(10)]:
         at_once(4, lambda _, path=path: asyncio.run(use(path)))  # type: ignore[misc]
-        assert rows_of(path, "SELECT COUNT(*) FROM messages") == [(4,)]
+        assert rows_of(path, "SELECT COUNT(*) FROM messages WHERE role = 'user'") == [(4,)]
         assert_sound(path)
 
 
 # ---- readers
 
 
-def raw_request(client: Client, body: dict[str, Any], **headers: str) -> bytes:
-    content = json.dumps(body).encode()
-    head = {"Host": client.base_url.netloc.decode(), "Content-Type": "application/json", **headers}
-    lines = [f"{name}: {value}" for name, value in {**head, "Content-Length": str(len(content))}.items()]
-    return "\r\n".join(["POST /chatkit HTTP/1.1", *lines, "", ""]).encode() + content
-
-
-def connect(client: Client) -> socket.socket:
-    return socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=DEADLINE)
-
-
-@pytest.mark.parametrize("moment", ["in the request", "before the first event", "during", "after the last event"])
-def test_a_reader_that_leaves_does_not_stop_the_answer(moment: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("heard", ["", "Hello ", '"done"'])
+def test_a_reader_that_leaves_does_not_stop_the_answer(heard: str, caplog: pytest.LogCaptureFixture) -> None:
     wait = Wait()
     with serving(scripted(["Hello ", wait, "world."])) as client:
-        whole = raw_request(client, {"message": "hi"})
-        with connect(client) as reader:
-            reader.sendall(whole if moment != "in the request" else whole[:-5])
-            if moment == "in the request":
-                time.sleep(0.1)
-            elif moment != "before the first event":
-                got = b""
-                while b"Hello " not in got:
-                    got += reader.recv(4096)
-            if moment == "after the last event":
+        with client.stream("POST", "/chatkit", json={"message": "hi"}) as response:
+            if heard == '"done"':
                 wait.gate.set()
-                while b'"done"' not in got:
-                    got += reader.recv(65536)
-        if moment == "in the request":
-            assert client.get("/api/conversations").json() == []
-            client.get("/health").raise_for_status()
-        else:
-            assert wait.reached.wait(DEADLINE)
-            wait.gate.set()
-            until(lambda: [row["content"] for row in client.messages(1)] == ["hi", "Hello world."])
-            until(lambda: client.messages(1)[-1]["status"] == "done")
-            assert client.send_message("more", 1)[-1]["status"] == "completed"
-    assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
+            text, chunks = "", response.iter_text()
+            while heard not in text:
+                text += next(chunks)
+        assert wait.reached.wait(DEADLINE)
+        wait.gate.set()
+        until(lambda: client.messages(1)[-1]["status"] == "done")
+        assert [row["content"] for row in client.messages(1)] == ["hi", "Hello world."]
+        assert client.send_message("more", 1)[-1]["status"] == "completed"
+    assert_no_traceback(caplog)
+
+
+def test_a_request_that_breaks_off_begins_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(scripted(["Never."])) as client:
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 80), DEADLINE) as caller:
+            head = "POST /chatkit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            caller.sendall(f'{head}Content-Length: 99\r\n\r\n{{"message": "hi"'.encode())
+            time.sleep(0.1)
+        client.get("/health").raise_for_status()
+        assert client.get("/api/conversations").json() == []
+    assert_no_traceback(caplog)
 
 
 def test_readers_that_come_back_get_each_event_once_and_none_is_missing() -> None:
+    """An id that is not of this turn means nothing here: they get all of it."""
     first, second = Wait(), Wait()
-    agent = scripted([Call("echo", {"text": "x"})], ["a", "b", first, "c", "d", second, "e"])
+    agent = scripted(["Before."], [Call("echo", {"text": "x"})], ["a", "b", first, "c", "d", second, "e"])
     with serving(agent) as client, ThreadPoolExecutor(30) as pool:
+        foreign = client.send_message("hi")[2]["_id"]
         started = pool.submit(client.send_message, "hi")
         assert first.reached.wait(DEADLINE)
-        with client.stream("GET", "/api/conversations/1/stream") as response:
-            so_far: list[dict[str, Any]] = []
-            for event in plain_events(response):
-                so_far.append(event)
-                if event.get("content") == "b":
-                    break
-        turn = so_far[0]["_id"].split("-")[0]
-        wrong = [
-            "", "nonsense", f"{turn}-999999", f"{turn}--1", f"{turn}-1e1", f"{turn}-", f"{turn}-\u0661", f"x{turn}-2",
-            "-", "00000000-3", "-1", "1", "9" * 5000,
-        ]  # fmt: skip
 
-        def come_back(last: str | None) -> list[dict[str, Any]]:
+        def come_back(last: str | None, until_text: str = "") -> list[dict[str, Any]]:
             headers: dict[bytes, bytes] = {} if last is None else {b"Last-Event-ID": last.encode()}
-            with client.stream("GET", "/api/conversations/1/stream", headers=headers) as response:
-                assert response.status_code == 200
-                return list(plain_events(response))
+            with client.stream("GET", "/api/conversations/2/stream", headers=headers) as response:
+                found = []
+                for event in plain_events(response):
+                    found.append(event)
+                    if until_text and event.get("content") == until_text:
+                        break
+                return found
 
-        seen = [event["_id"] for event in so_far]
-        asked = [None, *wrong, *seen]
+        so_far = come_back(None, "b")
+        turn = so_far[0]["_id"].split("-")[0]
+        wrong = ["", "nonsense", "-", "00000000-3", "-1", "1", "9" * 5000, f"x{turn}-2", foreign]
+        wrong += [f"{turn}-{number}" for number in ("999999", "-1", "1e1", "", "\u0661")]
+        asked = [None, *wrong, *(event["_id"] for event in so_far)]
         back = [pool.submit(come_back, last) for last in asked]
         time.sleep(0.1)
         first.gate.set()
@@ -4246,105 +3798,44 @@ def test_readers_that_come_back_get_each_event_once_and_none_is_missing() -> Non
         for last, each in zip(asked, back, strict=True):
             expected = everything[ids.index(last) + 1 :] if last in ids else everything
             assert each.result(DEADLINE) == expected, last
-        assert client.get("/api/conversations/1/stream").status_code == 204
+        assert client.get("/api/conversations/2/stream").status_code == 204
 
 
-def test_the_last_event_id_of_another_turn_means_nothing_here() -> None:
-    wait = Wait()
-    with serving(scripted(["one"], ["two ", wait, "three"])) as client, ThreadPoolExecutor(1) as pool:
-        foreign = client.send_message("hi")
-        running = pool.submit(client.send_message, "again")
-        assert wait.reached.wait(DEADLINE)
-        headers = {"Last-Event-ID": foreign[3]["_id"]}
-        with client.stream("GET", "/api/conversations/2/stream", headers=headers) as response:
-            wait.gate.set()
-            assert list(plain_events(response)) == running.result(DEADLINE)
-
-
-def test_two_chatkit_readers_and_a_plain_one_see_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait = Wait()
-    with serving(scripted(["Hello ", wait, "world."])) as client, ThreadPoolExecutor(3) as pool:
-        talking = pool.submit(client.operate, "threads.create", input=user_input("hi"))
-        assert wait.reached.wait(DEADLINE)
-
-        def follow(_: int) -> list[dict[str, Any]]:
-            with client.stream("GET", "/api/conversations/1/stream") as response:
-                return list(plain_events(response))
-
-        following = [pool.submit(follow, number) for number in range(2)]
-        time.sleep(0.05)
-        wait.gate.set()
-        plain = [each.result(DEADLINE) for each in following]
-        assert plain[0] == plain[1] and said(plain[0]) == "Hello world."
-        deltas = [event["update"].get("delta", "") for event in talking.result(DEADLINE) if "update" in event]
-        assert "".join(deltas) == "Hello world."
-
-
-@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
-def test_a_conversation_deleted_under_a_reader_ends_its_stream(tmp_path: Path, dialect: str) -> None:
-    wait, path = Wait(), tmp_path / "chatkit.db"
-    with serving(scripted(["Hello ", wait, "world."]), database=str(path)) as client, ThreadPoolExecutor(1) as pool:
-        if dialect == "plain":
-            running = pool.submit(client.send_message, "hi")
-        else:
-            running = pool.submit(client.operate, "threads.create", input=user_input("hi"))
-        assert wait.reached.wait(DEADLINE)
-        assert client.delete("/api/conversations/1").json() == {"status": "deleted", "id": 1}
-        events = running.result(DEADLINE)
-        assert dialect != "plain" or events[-1]["status"] == "cancelled"
-        assert client.get("/api/conversations/1/stream").status_code == 404
-    assert rows_of(path, "SELECT * FROM messages") == rows_of(path, "SELECT * FROM conversations") == []
-
-
-@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
-def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch, dialect: str) -> None:
-    monkeypatch.setattr(ck, "KEEP_ALIVE", 0.05)
-    wait = Wait()
-    chatkit = {"type": "threads.create", "params": {"input": user_input("hi")}}
-    with serving(scripted(["Hello ", wait, "world."])) as client:
-        body = {"message": "hi"} if dialect == "plain" else chatkit
-        with client.stream("POST", "/chatkit", json=body) as response:
-            raw = b""
-            for chunk in response.iter_raw():
-                raw += chunk
-                if raw.count(b": keep-alive\n\n") == 3:
-                    wait.gate.set()
-    assert raw.index(b"Hello ") < raw.index(b": keep-alive") < raw.rindex(b": keep-alive") < raw.index(b"world.")
-    assert raw.count(b": keep-alive") <= 5
-
-
-# =========================================================================================================== Abuse
+# ====================================================================================================== Abuse
 # Whoever means harm, or does it without meaning to.
+
+JSON = {"Content-Type": "application/json"}
+MAX_BODY = 1024 * 1024  # bytes that a request may have
 
 
 class Parrot(Script):
-    """Has the tool `give_back` give the person's words back, and says them twice; keeps nothing between two calls."""
+    """Calls `give_back` with the person's words, or what "call NAME ARGUMENTS" says; then says them twice.
 
-    async def stream_response(
-        self, system_instructions: Any, input: Any, *rest: Any, **more: Any
-    ) -> AsyncIterator[Any]:
+    Keeps nothing between two calls: so it answers in any number of conversations at once.
+    """
+
+    async def stream_response(self, system_instructions: Any, input: Any, *rest: Any, **more: Any) -> Any:
         words = next(item["content"] for item in reversed(input) if item.get("role") == "user")
-        steps: list[Any] = [words, "+", words]
-        if input[-1].get("type") != "function_call_output":
-            steps = [Call("give_back", {"what": words}, "call_" + secrets.token_hex(4))]
+        asked = re.fullmatch(r"call (\w+) (.*)", words)
+        steps: list[Any] = [Call(*asked.groups()) if asked else Call("give_back", {"what": words})]
+        if input[-1].get("type") == "function_call_output":
+            steps = [words, "+", words]
         async for event in Script(steps).stream_response(system_instructions, input, *rest, **more):
             yield event
 
 
-@function_tool
-async def give_back(wrapper: RunContextWrapper[ck.TurnContext], what: str) -> str:
-    """Answer with exactly this text."""
-    return what
-
-
 def parrot_agent() -> Agent[Any]:
-    return Agent(name="Parrot", model=Parrot(), tools=[give_back])
+    async def give_back(what: str) -> str:
+        return what
+
+    return Agent(name="Parrot", model=Parrot(), tools=[function_tool(give_back), draw, survey, choose])
 
 
 @pytest.fixture(scope="module")
 def parrot() -> Iterator[Client]:
-    """A server for whoever abuses it: what one test leaves behind must not matter to the next."""
-    with serving(parrot_agent(), max_attachment_bytes=ck.MAX_BODY) as client:
+    """A server whose tests do not mind what others left behind in it. There is a conversation 1."""
+    with serving(parrot_agent(), max_attachment_bytes=MAX_BODY) as client:
+        client.send_message("hi")
         yield client
 
 
@@ -4355,193 +3846,127 @@ def guarded() -> Iterator[Client]:
         yield client
 
 
-def stored(client: Client) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = client.get("/api/conversations?limit=100").raise_for_status().json()
+def lines(table: str) -> list[str]:
+    """The lines of a table; one with (this | that) stands for two."""
+    found: list[str] = []
+    for line in filter(None, table.split("\n")):
+        choice = re.search(r"\(([^()]*\|[^()]*)\)", line)
+        each = [line.replace(choice[0], part.strip(), 1) for part in choice[1].split("|")] if choice else []
+        found += lines("\n".join(each)) or [line]
     return found
+
+
+def request_of(line: str) -> tuple[str, str, str]:
+    """The method, path and body of a line: METHOD PATH BODY, or of a ChatKit request: OPERATION PARAMS."""
+    first, path, body = (*line.split(" ", 2), "")[:3]
+    if first.isupper():
+        return first, path, body
+    return "POST", "/chatkit", f'{{"type": "{first}", "params": {line.partition(" ")[2]}}}'
 
 
 # ---- other people's ids
 
-
-@dataclass
-class Belongings:
-    """What one user has: ids to abuse. Made in the file before the server opens it."""
-
-    thread: int
-    user: int
-    assistant: int
-    tool: int
-    input: int
-    widget: int
-    task: int
-    file: str
-    key: str
-    announced: str
-
-    @classmethod
-    async def add(cls, store: ck.Store, user_id: str) -> Belongings:
-        conversation, message = await store.add_user_message(user_id, None, f"{user_id}'s", f"{user_id}'s words")
-
-        async def add(role: str, **columns: Any) -> int:
-            row = await store.add_message(user_id, conversation["id"], role, f"{user_id}'s", **columns)
-            assert row is not None
-            return int(row["id"])
-
-        call = [{"id": f"call_{user_id}", "name": "get", "args": {}}]
-        client = {"client": {"name": "get", "arguments": {}}}
-        question = {"inputs": [{"type": "freeform", "id": "q", "question": "?"}]}
-        file = await store.add_attachment(user_id, f"{user_id}'s.txt", "text/plain", 4, b"mine")
-        announced = await store.add_attachment(user_id, f"{user_id}'s.txt", "text/plain", 4)
-        return cls(
-            thread=conversation["id"],
-            user=message["id"],
-            assistant=await add("assistant"),
-            tool=await add("tool", tool_calls=call, status="pending", extra=client),
-            input=await add("input", tool_calls=call, status="pending", extra=question),
-            widget=await add("widget", extra={"widget": {"type": "Card", "children": []}}),
-            task=(await store.add_task(user_id, f"{user_id}'s"))["id"],
-            file=file["id"],
-            key=file["key"],
-            announced=announced["id"],
-        )
-
-    @classmethod
-    def make(cls, path: Path, user_id: str) -> Belongings:
-        async def make() -> Belongings:
-            async with ck.Store(path) as store:
-                return await cls.add(store, user_id)
-
-        return asyncio.run(make())
+WORDS = '"content": [{"type": "input_text", "text": "hi"}]'
+PAGES = "GET /(component | docs | docs/oauth2-redirect | openapi.json | health | )"  # which anybody may see
+NAMELESS = """
+GET /api/(config | tasks | conversations | conversations/recent/first)
+POST /attachments
+attachments.create {"name": "a.png", "size": 4, "mime_type": "image/png"}
+input.transcribe {"audio_base64": "AAAA", "mime_type": "audio/webm"}
+"""
+# Every way to name <something> of theirs: it is not found.
+ATTEMPTS = """
+POST /chatkit {"message": "hi", "thread_id": (<thread> | "<thread>")}
+POST /chatkit {"message": "hi"(, "thread_id": <my thread> | ), "attachments": ["<file>"]}
+(GET | DELETE) /api/conversations/<thread>
+GET /api/conversations/<thread>(?format=markdown | /stream)
+PATCH /api/conversations/<thread> {("title": "evil" | "status": "locked" | "metadata": {"a": 1})}
+POST /api/conversations/<thread>/cancel
+POST /api/conversations/<thread>/retry {("message": "evil" | "message_id": <user_message> | )}
+POST /api/conversations/<my thread>/retry {"message_id": <user_message>, "message": "evil"}
+POST /api/conversations/<calling>/tool_output {"result": "evil"}
+POST /api/conversations/EITHER/answers {"item_id": <structured_input>, "answers": {}}
+PATCH /api/tasks/<todo> {"done": true}
+POST /attachments/<announced>( | ?key= | ?key=<my key> | ?key=<file>)
+GET /attachments/(<announced> | <file>)( | ?key= | ?key=<my key>)
+threads.create {"input": {WORDS, "attachments": ["<file>"]}}
+threads.add_user_message {"thread_id": "<thread>", "input": {WORDS}}
+threads.add_user_message {"thread_id": "<my thread>", "input": {WORDS, "attachments": ["<file>"]}}
+threads.retry_after_item {"thread_id": "EITHER", "item_id": "<user_message>"}
+threads.add_client_tool_output {"thread_id": "<calling>", "result": "evil"}
+threads.add_structured_input {"thread_id": "EITHER", "item_id": "<structured_input>", "input": SKIP}
+threads.(sync_custom_action | custom_action) {"thread_id": "EITHER", "item_id": "<widget>", "action": CLICK}
+threads.list {"after": "<thread>"}
+(threads.get_by_id | threads.delete | items.list) {"thread_id": "<thread>"}
+threads.update {"thread_id": "<thread>", "title": "evil"}
+items.list {"thread_id": "<my thread>", "after": "<assistant_message>"}
+items.feedback {"thread_id": "EITHER", "item_ids": ["(<user_message> | <widget>)"], "kind": "negative"}
+attachments.delete {"attachment_id": "<file>"}
+""".replace("EITHER", "(<my thread> | <thread>)").replace("WORDS", WORDS)
+ATTEMPTS = ATTEMPTS.replace("SKIP", '{"status": "skipped"}').replace("CLICK", '{"type": "toggle_task"}')
 
 
-def operation(kind: str, /, **params: Any) -> tuple[str, str, dict[str, Any]]:
-    return "POST", "/chatkit", {"type": kind, "params": params}
-
-
-def attempts(mine: Belongings, theirs: Belongings) -> dict[str, list[tuple[str, str, Any]]]:
-    """By route, and by ChatKit operation: every way to name something of theirs. All of them must be a 404.
-
-    An empty list says that nothing can be named there; what those show is tested below.
-    """
-    at, action = f"/api/conversations/{theirs.thread}", {"type": "toggle_task", "payload": {"id": theirs.task}}
-    own, other = str(mine.thread), str(theirs.thread)
-    answers = {"item_id": theirs.input, "answers": {"q": {"values": ["x"]}}}
-    item_ids = [theirs.user, theirs.assistant, theirs.tool, theirs.input, theirs.widget]
-    structured = {"status": "answered", "answers": {}}
-    form = {"files": {"file": ("a.txt", b"evil", "text/plain")}}
+def belongings(client: Client, name: str) -> dict[str, str]:
+    """What the table of attempts names, made in a server of parrot_agent()."""
+    began = create(client, "call draw {}")
+    thread = began[0]["thread"]["id"]
+    client.operate("threads.update", thread_id=thread, title=f"{name}'s")
+    asked = send(client, "call survey {}", thread)
+    announced, url = announce(client, f"{name}.txt", 4)
     return {
-        "GET /": [],
-        "GET /health": [],
-        "GET /docs": [],
-        "GET /openapi.json": [],
-        "GET /api/conversations": [],
-        "GET /api/conversations/recent/first": [],
-        "GET /api/tasks": [],
-        "POST /attachments": [],
-        "POST /chatkit": [
-            ("POST", "/chatkit", {"message": "hi", "thread_id": theirs.thread}),
-            ("POST", "/chatkit", {"message": "hi", "thread_id": other}),
-            ("POST", "/chatkit", {"message": "hi", "attachments": [theirs.file]}),
-            ("POST", "/chatkit", {"message": "hi", "thread_id": mine.thread, "attachments": [theirs.file]}),
-        ],
-        "GET /api/conversations/{conversation_id}": [("GET", at, None)],
-        "PATCH /api/conversations/{conversation_id}": [
-            ("PATCH", at, {"title": "evil"}),
-            ("PATCH", at, {"status": "locked"}),
-        ],
-        "DELETE /api/conversations/{conversation_id}": [("DELETE", at, None)],
-        "GET /api/conversations/{conversation_id}/stream": [("GET", at + "/stream", None)],
-        "POST /api/conversations/{conversation_id}/cancel": [("POST", at + "/cancel", None)],
-        "POST /api/conversations/{conversation_id}/retry": [("POST", at + "/retry", None)],
-        "POST /api/conversations/{conversation_id}/tool_output": [
-            ("POST", at + "/tool_output", {"result": "evil"}),
-            ("POST", at + "/tool_output", {"result": "evil", "id": "call_ann"}),
-        ],
-        "POST /api/conversations/{conversation_id}/answers": [
-            ("POST", at + "/answers", answers),
-            ("POST", f"/api/conversations/{own}/answers", answers),
-        ],
-        "PATCH /api/tasks/{task_id}": [("PATCH", f"/api/tasks/{theirs.task}", {"done": True})],
-        "POST /attachments/{attachment_id}": [
-            ("POST", f"/attachments/{theirs.announced}?key={mine.key}", form),
-            ("POST", f"/attachments/{theirs.announced}?key={theirs.key}", form),
-            ("POST", f"/attachments/{theirs.announced}?key=", form),
-            ("POST", f"/attachments/{theirs.announced}", form),
-        ],
-        "GET /attachments/{attachment_id}": [
-            ("GET", f"/attachments/{theirs.file}", None),
-            ("GET", f"/attachments/{theirs.file}?key=", None),
-            ("GET", f"/attachments/{theirs.file}?key={mine.key}", None),
-            ("GET", f"/attachments/{theirs.announced}", None),
-        ],
-        "threads.create": [operation("threads.create", input=user_input("hi", attachments=[theirs.file]))],
-        "threads.add_user_message": [
-            operation("threads.add_user_message", thread_id=other, input=user_input("hi")),
-            operation("threads.add_user_message", thread_id=own, input=user_input("hi", attachments=[theirs.file])),
-        ],
-        "threads.retry_after_item": [
-            operation("threads.retry_after_item", thread_id=thread, item_id=str(theirs.user)) for thread in (own, other)
-        ],
-        "threads.add_client_tool_output": [operation("threads.add_client_tool_output", thread_id=other, result="evil")],
-        "threads.add_structured_input": [
-            operation("threads.add_structured_input", thread_id=thread, item_id=str(theirs.input), input=structured)
-            for thread in (own, other)
-        ],
-        "threads.custom_action": [
-            operation("threads.custom_action", thread_id=thread, item_id=str(theirs.widget), action=action)
-            for thread in (own, other)
-        ],
-        "threads.sync_custom_action": [
-            operation("threads.sync_custom_action", thread_id=thread, item_id=str(theirs.widget), action=action)
-            for thread in (own, other)
-        ],
-        "threads.list": [operation("threads.list", after=other)],
-        "threads.get_by_id": [operation("threads.get_by_id", thread_id=other)],
-        "threads.update": [operation("threads.update", thread_id=other, title="evil")],
-        "threads.delete": [operation("threads.delete", thread_id=other)],
-        "items.list": [
-            operation("items.list", thread_id=other),
-            operation("items.list", thread_id=own, after=str(theirs.assistant)),
-        ],
-        "items.feedback": [
-            operation("items.feedback", thread_id=thread, item_ids=[str(item)], kind="negative")
-            for thread in (own, other)
-            for item in item_ids
-        ],
-        "attachments.create": [],
-        "attachments.delete": [operation("attachments.delete", attachment_id=theirs.file)],
-        "input.transcribe": [],
+        **{event["item"]["type"]: event["item"]["id"] for event in [*asked, *began] if "item" in event},
+        "thread": thread,
+        "calling": create(client, "call choose {}")[0]["thread"]["id"],
+        "file": client.post("/attachments", files=form(b"mine", f"{name}.txt")).json()["id"],
+        "announced": announced,
+        "key": url.partition("key=")[2],
+        "todo": "1",
     }
 
 
+def attempts(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """The lines of the table, with ids put in."""
+    return lines(re.sub("<(my )?(.*?)>", lambda id_: (mine if id_[1] else theirs)[id_[2]], ATTEMPTS))
+
+
 def test_everything_of_somebody_elses_is_not_found_and_stays_untouched(tmp_path: Path) -> None:
-    path = tmp_path / "chatkit.db"
-    theirs, mine = Belongings.make(path, "ann"), Belongings.make(path, "ben")
-    with serving(database=str(path), jwt_secret=SECRET) as client:
-        client.headers.update(bearer("ben"))
-        before = dump(path)
-        for where, ways in attempts(mine, theirs).items():
-            for method, url, body in ways:
-                extra = body if isinstance(body, dict) and "files" in body else {"json": body} if body else {}
-                response = client.request(method, url, **extra)
-                assert response.status_code == 404, (where, url, body, response.text)
-                assert "ann" not in response.text
-            assert dump(path) == before, where
-        own = ["/api/conversations", "/api/conversations/recent/first", "/api/tasks", "/api/conversations?q=words"]
-        for url in own:
-            assert "ben's" in client.get(url).text and "ann" not in client.get(url).text, url
+    file, has = tmp_path / "chatkit.db", {}
+    with serving(parrot_agent(), database=str(file), jwt_secret=SECRET) as client:
+        for name in ("ann", "ben"):
+            client.headers.update(bearer(name))
+            has[name] = belongings(client, name)
+    with serving(database=str(file), jwt_secret=SECRET) as client:
+        for name in ("ann", "ben"):
+            client.headers.update(bearer(name))
+            client.send_message(f"add {name}'s milk")
+        before = dump(file)
+        for line in attempts(has["ben"], has["ann"]):
+            method, path, body = request_of(line)
+            upload = {"files": form(b"evil")}
+            sent: Any = upload if line.startswith("POST /att") else {"content": body, "headers": JSON}
+            response = client.request(method, path, **sent)
+            if response.status_code != 404 and "items.feedback" not in line:
+                assert kinds(chatkit_events(response.text)) == ["error"], (line, response.text)
+            assert "ann" not in response.text and dump(file) == before, line
+        for which in ("conversations", "conversations/recent/first", "conversations?q=milk", "tasks"):
+            shown = client.get("/api/" + which).text
+            assert "ben" in shown and "ann" not in shown, which
         assert "ann" not in json.dumps(client.operate("threads.list"))
 
 
-def test_the_list_of_what_could_be_somebody_elses_is_complete() -> None:
-    """Add a route or an operation, and say in attempts() how somebody else's things could be named there."""
-    listed = set(attempts(*[Belongings(*range(1, 8), *"abc")] * 2))  # type: ignore[arg-type]
-    app = ck.create_app(settings=ck.Settings(database=":memory:", model="demo"))
-    there: set[str] = set(ck.OPERATIONS)
-    for route in app.routes:
-        methods = set(getattr(route, "methods", None) or {"MOUNT"}) - {"HEAD", "OPTIONS"}
-        there |= {f"{method} {route.path}" for method in methods}  # type: ignore[attr-defined]
-    assert there - listed == set()
+def test_every_route_is_in_these_tables_and_all_but_the_pages_want_a_token() -> None:
+    """Add a route or an operation, and say in ATTEMPTS how somebody else's things could be named there."""
+    there: list[Any] = make_app().routes
+    routes = {f"{way} {each.path}" for each in there for way in getattr(each, "methods", None) or {"MOUNT"}}
+    routes = {route for route in routes if not route.startswith(("HEAD ", "OPTIONS "))}
+    table = [line.split("?")[0] + " " for line in lines(ATTEMPTS + NAMELESS + PAGES)]
+    for where in routes | set(ck.OPERATIONS):
+        pattern = re.compile(re.sub(r"\{\w+\}", "<[^/]+>", where) + " ")
+        assert any(map(pattern.match, table)), where
+    with serving(jwt_secret=SECRET) as client:
+        for route in routes:
+            method, path = re.sub(r"\{\w+\}", "1", route).split(" ")
+            assert client.request(method, path).status_code == (200 if route in lines(PAGES) else 401), route
 
 
 # ---- tokens
@@ -4551,752 +3976,468 @@ def encode(claims: dict[str, Any], key: Any = SECRET, algorithm: str = "HS256", 
     return jwt.encode(claims, key, algorithm=algorithm, headers=header or None)
 
 
-def by_hand(header: Any, claims: Any, signature: bytes = b"") -> str:
+def by_hand(header: Any, claims: Any, secret: bytes = SECRET.encode()) -> str:
     """A token that no library would make."""
-    parts = [header if isinstance(header, bytes) else json.dumps(header).encode()]
-    parts += [claims if isinstance(claims, bytes) else json.dumps(claims).encode(), signature]
-    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+    given = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims)]
+    signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in given)
+    signature = hmac.digest(secret, signed, "sha512" if "HS512" in str(header) else "sha256")
+    return f"{signed.decode()}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
 
 
-IN_AN_HOUR = int(time.time()) + 3600
-GOOD: dict[str, Any] = {"sub": "ann", "exp": IN_AN_HOUR}
-
-BAD_TOKENS: dict[str, Callable[[], str]] = {
-    "no token at all": lambda: "nonsense",
-    "two dots": lambda: "..",
-    "no algorithm": lambda: by_hand({"alg": "none", "typ": "JWT"}, GOOD),
-    "no algorithm, shouted": lambda: by_hand({"alg": "NONE"}, GOOD),
-    "an empty algorithm": lambda: by_hand({"alg": ""}, GOOD),
-    "no header field alg": lambda: by_hand({"typ": "JWT"}, GOOD),
-    "an algorithm that is a list": lambda: by_hand({"alg": ["HS256"]}, GOOD),
-    "a header that is a list": lambda: by_hand([], GOOD),
-    "a header nested too deep": lambda: by_hand(b"[" * 5000, GOOD),
-    "a critical header field": lambda: encode(GOOD, crit=["x"], x=1),
-    "another algorithm of the secret": lambda: encode(GOOD, SECRET * 2, "HS512"),
-    "another key": lambda: encode(GOOD, SECRET + "!"),
-    "an empty key": lambda: by_hand({"alg": "HS256"}, GOOD, b"\0" * 32),
-    "a cut signature": lambda: encode(GOOD)[:-2],
-    "a public key's algorithm": lambda: by_hand({"alg": "RS256", "kid": "x"}, GOOD, b"x" * 256),
-    "expired": lambda: encode({**GOOD, "exp": int(time.time()) - 1}),
-    "not yet valid": lambda: encode({**GOOD, "nbf": IN_AN_HOUR}),
-    "issued in the future": lambda: encode({**GOOD, "iat": IN_AN_HOUR}),
-    "no exp": lambda: encode({"sub": "ann"}),
-    "exp that is text": lambda: encode({**GOOD, "exp": "tomorrow"}),
-    "exp that is null": lambda: encode({**GOOD, "exp": None}),
-    "exp beyond all numbers": lambda: encode({**GOOD, "exp": math.inf}),
-    "no subject": lambda: encode({"exp": IN_AN_HOUR}),
-    "a subject that is a number": lambda: encode({"id": 5, "exp": IN_AN_HOUR}),
-    "a subject that is a list": lambda: encode({"id": ["ann"], "exp": IN_AN_HOUR}),
-    "a blank subject": lambda: encode({"sub": "  ", "exp": IN_AN_HOUR}),
-    "an empty subject and an id": lambda: encode({"sub": "", "id": "ann", "exp": IN_AN_HOUR}),
-    "a subject of 256 characters": lambda: encode({"sub": "a" * 256, "exp": IN_AN_HOUR}),
-    "a subject that is half a character": lambda: encode({"sub": "\ud83d", "exp": IN_AN_HOUR}),
-    "claims that are a list": lambda: encode(GOOD).split(".")[0] + "." + by_hand({}, [GOOD]).split(".", 1)[1],
-    "very long": lambda: encode({**GOOD, "more": "x" * 20_000}),
+GOOD: dict[str, Any] = {"sub": "ann", "exp": int(time.time()) + 3600}
+HS256, SOON = {"alg": "HS256"}, GOOD["exp"]
+BAD_CLAIMS: dict[str, list[Any]] = {
+    "sub": [5, None, "", "  ", ["ann"], "a" * 256, "\ud83d"],
+    "exp": [1, int(time.time()) - 1, None, "tomorrow", math.inf],
+    "nbf": [SOON],
+    "iat": [SOON],
+    "more": ["x" * 20_000],
 }
+BAD_TOKENS: list[str] = [
+    *("nonsense", "..", "a.b.c", encode(GOOD)[:-2], encode(GOOD).rsplit(".", 1)[0] + "."),
+    *(encode(GOOD, SECRET + "!"), encode(GOOD, crit=["x"], x=1), by_hand(HS256, GOOD, b"")),
+    *(by_hand({"alg": alg}, GOOD) for alg in ("none", "NONE", "", None, ["HS256"], "HS512", "RS256")),
+    *(by_hand(header, GOOD) for header in cast(Any, ({"typ": "JWT"}, [], b"[" * 5000))),
+    *(by_hand(HS256, claims) for claims in ([GOOD], b"[" * 5000, {"exp": SOON}, {"sub": "ann"})),
+    *(by_hand(HS256, {"id": id_, "exp": SOON}) for id_ in (5, ["ann"], "")),
+    *(by_hand(HS256, {"id": "ann", **GOOD, name: bad}) for name in BAD_CLAIMS for bad in BAD_CLAIMS[name]),
+]
+MISPLACED = [  # a good token, but not as it should be given
+    *(["Bearer"], ["Basic YW5uOmFubg=="], ["Token {}"], ["{}"], ["Bearer {} {}"], ["Bearer {}, Bearer {}"]),
+    *([], ["Bearer {}", "Bearer {}"]),
+]
 
 
-def signed_by_hand(header: Any, claims: Any, secret: bytes = SECRET.encode()) -> str:
-    """With a secret that no library would take, or claims that none would sign."""
-    head = by_hand(header, claims).rsplit(".", 1)[0]
-    signature = hmac.digest(secret, head.encode(), "sha512" if header["alg"] == "HS512" else "sha256")
-    return head + "." + base64.urlsafe_b64encode(signature).decode().rstrip("=")
+def status_with(client: Client, token: str) -> int:
+    return client.get("/api/conversations", headers={"Authorization": f"Bearer {token}"}).status_code
 
 
-BAD_TOKENS["claims nested too deep"] = lambda: signed_by_hand({"alg": "HS256"}, b"[" * 5000)
-BAD_TOKENS["a sub that is a number"] = lambda: signed_by_hand({"alg": "HS256"}, {"sub": 5, "exp": IN_AN_HOUR})
-BAD_TOKENS["a sub that is null"] = lambda: signed_by_hand(
-    {"alg": "HS256"}, {"sub": None, "id": "ann", "exp": IN_AN_HOUR}
-)
+def test_a_bad_token_or_a_misplaced_one_is_a_401(guarded: Client) -> None:
+    assert status_with(guarded, by_hand(HS256, GOOD)) == 200
+    good = f"Bearer {encode(GOOD)}"
+    for given in [*([f"Bearer {token}"] for token in BAD_TOKENS), *MISPLACED]:
+        headers = [
+            ("Authorization", text.replace("Bearer {}", good).replace("{}", good[7:])) for text in given
+        ]
+        headers += [("X-Authorization", good), ("Cookie", f"Authorization={good}")]
+        response = guarded.get(f"/api/conversations?token={good[7:]}", headers=headers)
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), given
+        assert set(response.json()) == {"detail"} and SECRET not in response.text
 
 
-@pytest.mark.parametrize("name", BAD_TOKENS)
-def test_a_bad_token_is_a_401(guarded: Client, name: str) -> None:
-    response = guarded.get("/api/conversations", headers={"Authorization": f"Bearer {BAD_TOKENS[name]()}"})
-    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
-    assert set(response.json()) == {"detail"} and SECRET not in response.text
+def test_the_user_is_the_subject_or_else_the_id(guarded: Client) -> None:
+    for claims in ({"sub": "ann"}, {"id": "ann"}, {"sub": "ann", "id": "ben"}, {"sub": "ann", "aud": "x"}):
+        headers = {"Authorization": "bearer  " + encode({**claims, "exp": SOON})}
+        events = list(plain_events(guarded.post("/chatkit", json={"message": "hi"}, headers=headers)))
+        url = f"/api/conversations/{events[0]['thread_id']}"
+        assert [guarded.get(url, headers=bearer(name)).status_code for name in ("ann", "ben")] == [200, 404]
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        [],
-        [("Authorization", "Bearer")],
-        [("Authorization", "Basic YW5uOmFubg==")],
-        [("Authorization", "Token {}")],
-        [("Authorization", "{}")],
-        [("Authorization", "Bearer {} {}")],
-        [("Authorization", "Bearer {}"), ("Authorization", "Bearer {}")],
-        [("Authorization", "Bearer {}, Bearer {}")],
-        [("X-Authorization", "Bearer {}")],
-        [("Cookie", "Authorization=Bearer {}")],
-    ],
-)
-def test_a_token_counts_in_one_authorization_header_only(guarded: Client, headers: list[tuple[str, str]]) -> None:
-    given = [(name, value.replace("{}", encode(GOOD))) for name, value in headers]
-    response = guarded.get("/api/conversations", headers=given)
-    assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
-    assert guarded.get("/api/conversations?token=" + encode(GOOD)).status_code == 401
-
-
-@pytest.mark.parametrize(
-    "claims", [{"sub": "ann"}, {"id": "ann"}, {"sub": "ann", "id": "ben"}, {"sub": "ann", "aud": "x"}]
-)
-def test_the_user_is_the_subject_or_else_the_id(guarded: Client, claims: dict[str, str]) -> None:
-    as_ann, as_ben = bearer("ann"), bearer("ben")
-    headers = {"Authorization": "bearer  " + encode({**claims, "exp": IN_AN_HOUR})}
-    events = list(plain_events(guarded.post("/chatkit", json={"message": "hi"}, headers=headers)))
-    url = f"/api/conversations/{events[0]['thread_id']}"
-    assert (guarded.get(url, headers=as_ann).status_code, guarded.get(url, headers=as_ben).status_code) == (200, 404)
-
-
-@pytest.fixture(scope="module")
-def choosy() -> Iterator[Client]:
+def test_audience_and_issuer_must_fit_where_they_are_set() -> None:
     with serving(jwt_secret=SECRET, jwt_audience="chat", jwt_issuer="https://me") as client:
-        yield client
+        assert status_with(client, encode(GOOD)) == 401
+        for issuer, audience in itertools.product(
+            ("https://me", "https://me/"), ("chat", ["x", "chat"], "x", [])
+        ):
+            fits = issuer == "https://me" and "chat" in audience
+            token = encode({**GOOD, "iss": issuer, "aud": audience})
+            assert status_with(client, token) == (200 if fits else 401), (issuer, audience)
 
 
-@pytest.mark.parametrize(
-    ("claims", "status"),
-    [
-        ({}, 401),
-        ({"aud": "chat"}, 401),
-        ({"iss": "https://me"}, 401),
-        ({"aud": "other", "iss": "https://me"}, 401),
-        ({"aud": "chat", "iss": "https://me/"}, 401),
-        ({"aud": [], "iss": "https://me"}, 401),
-        ({"aud": "chat", "iss": "https://me"}, 200),
-        ({"aud": ["other", "chat"], "iss": "https://me"}, 200),
-    ],
-)
-def test_audience_and_issuer_must_fit_where_they_are_set(choosy: Client, claims: dict[str, Any], status: int) -> None:
-    headers = {"Authorization": "Bearer " + encode({**GOOD, **claims})}
-    assert choosy.get("/api/conversations", headers=headers).status_code == status
+class KeyServer(BaseHTTPRequestHandler):
+    """A JWKS URL; `answer` is what it says, and nothing that it is out of order. Counts what it is asked."""
 
+    answer, asked = b"", 0
 
-class KeyServer:
-    """A JWKS URL on loopback; `answer` is what it says, and None that it is out of order. Counts what it is asked."""
+    def do_GET(self) -> None:
+        KeyServer.asked += 1
+        self.send_response(200 if KeyServer.answer else 500)
+        self.end_headers()
+        self.wfile.write(KeyServer.answer)
 
-    def __init__(self) -> None:
-        self.answer: bytes | None = b""
-        self.asked = 0
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.asked += 1
-                self.send_response(200 if server.answer is not None else 500)
-                self.end_headers()
-                self.wfile.write(server.answer or b"")
-
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/jwks"
-
-    def show(self, *keys: SigningKey) -> None:
-        self.answer = json.dumps({"keys": [key.public for key in keys]}).encode()
-
-    def __enter__(self) -> KeyServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class SigningKey:
-    """A private key, and its public half as a JWK."""
-
-    def __init__(self, algorithm: str, key_id: str) -> None:
-        from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
-        self.algorithm, self.key_id = algorithm, key_id
-        makers: dict[str, Callable[[], Any]] = {
-            "EdDSA": ed25519.Ed25519PrivateKey.generate,
-            "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
-            "RS256": lambda: rsa.generate_private_key(65537, 2048),
-        }
-        self.private = makers[algorithm]()
-        methods = jwt.get_algorithm_by_name(algorithm)
-        self.public = json.loads(methods.to_jwk(self.private.public_key()))  # type: ignore[attr-defined]
-        self.public.update({"alg": algorithm, "kid": key_id})
-
-    def sign(self, claims: dict[str, Any] | None = None, **header: Any) -> dict[str, str]:
-        header = {"kid": self.key_id, **header}
-        token = encode(GOOD if claims is None else claims, self.private, self.algorithm, **header)
-        return {"Authorization": "Bearer " + token}
-
-    def pem(self) -> bytes:
-        from cryptography.hazmat.primitives import serialization as form
-
-        public: bytes = self.private.public_key().public_bytes(
-            form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo
-        )
-        return public
+    def log_message(self, *_: Any) -> None:
+        """Not a word."""
 
 
 @functools.cache
-def signing_keys() -> list[SigningKey]:
-    """One of each kind; made once, because that takes a while."""
-    return [SigningKey(algorithm, algorithm) for algorithm in ("EdDSA", "ES256", "RS256")]
+def private_keys() -> dict[str, Any]:
+    """By their algorithm, which is their id too; made once, because that takes a while."""
+    keys = ec.generate_private_key(ec.SECP256R1()), rsa.generate_private_key(65537, 2048)
+    return {"EdDSA": ed25519.Ed25519PrivateKey.generate(), "ES256": keys[0], "RS256": keys[1]}
 
 
-def status_with(client: Client, headers: dict[str, str]) -> int:
-    return client.get("/api/conversations", headers=headers).status_code
+def sign(name: str, claims: dict[str, Any] = GOOD, **header: Any) -> str:
+    return encode(claims, private_keys()[name], name, **{"kid": name, **header})
+
+
+def jwk(name: str) -> dict[str, Any]:
+    public = cast(Any, jwt.get_algorithm_by_name(name)).to_jwk(private_keys()[name].public_key())
+    return {"kid": name, **json.loads(public)}
+
+
+def jwks(*names: str) -> bytes:
+    return json.dumps({"keys": [jwk(name) for name in names]}).encode()
+
+
+@contextlib.contextmanager
+def with_keys(*names: str, **settings: Any) -> Iterator[Client]:
+    KeyServer.answer, KeyServer.asked = jwks(*names), 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), KeyServer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with serving(jwks_url=f"http://127.0.0.1:{server.server_port}/jwks", **settings) as client:
+            yield client
+        server.shutdown()
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])
-def test_a_token_signed_with_a_public_key_at_the_url_counts(secret: str | None) -> None:
-    with KeyServer() as keys, serving(jwks_url=keys.url, jwt_secret=secret) as client:
-        keys.show(*signing_keys())
-        if secret:  # a key need not say what it is for
-            named = [{name: key.public[name] for name in key.public if name != "alg"} for key in signing_keys()]
-            keys.answer = json.dumps({"keys": named}).encode()
-        for key in signing_keys():
-            assert [status_with(client, key.sign()) for _ in range(3)] == [200] * 3
-            assert status_with(client, {"Authorization": key.sign()["Authorization"][:-8] + "AAAAAAAA"}) == 401
-            assert status_with(client, key.sign({"sub": "ann", "exp": IN_AN_HOUR - 7200})) == 401
-            assert status_with(client, key.sign({"sub": "ann"})) == 401
-        assert keys.asked == 1
-        assert status_with(client, bearer("ann")) == (200 if secret else 401)
+def test_a_public_key_at_the_url_serves_its_own_algorithm_alone(secret: str | None) -> None:
+    with with_keys(*private_keys(), jwt_secret=secret) as client:
+        assert [status_with(client, sign(name)) for name in [*private_keys()] * 2] == [200] * 6
+        assert KeyServer.asked == 1
+        bad = [encode(GOOD, private_keys()["RS256"], name, kid="RS256") for name in ("RS384", "PS256")]
+        bad.append(sign("RS256", jku="http://127.0.0.1/", jwk=jwk("RS256"), kid="unknown"))
+        for name, key in private_keys().items():
+            bad += [sign(name, {**GOOD, "exp": 1}), sign(name, {"sub": "ann"}), sign(name)[:-8] + "AAAA" * 2]
+            bad += [sign(name, kid=other) for other in private_keys() if other != name]
+            form_ = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            pem = key.public_key().public_bytes(*form_)
+            parts = [jwk(name)[part].encode() for part in ("x", "y", "n") if part in jwk(name)]
+            known = [pem, pem.strip(), json.dumps(jwk(name), separators=(",", ":")).encode(), b"", *parts]
+            known += [base64.urlsafe_b64decode(part + b"==") for part in parts]
+            for algorithm in ("HS256", "HS512", "none", name):  # what everybody knows, taken for a secret
+                bad += [by_hand({"alg": algorithm, "kid": name}, GOOD, each) for each in known]
+        assert {status_with(client, token) for token in bad} == {401}
+        assert status_with(client, encode(GOOD)) == (200 if secret else 401)
 
 
-@pytest.mark.parametrize("secret", [None, SECRET])
-def test_a_public_key_is_never_taken_for_a_shared_secret(secret: str | None) -> None:
-    signers = signing_keys()
-    with KeyServer() as keys, serving(jwks_url=keys.url, jwt_secret=secret) as client:
-        keys.show(*signers)
-        for key in signers:
-            assert status_with(client, key.sign()) == 200
-            jwk = json.dumps(key.public, separators=(",", ":")).encode()
-            parts = [key.public[name] for name in ("x", "y", "n") if name in key.public]
-            raw = [base64.urlsafe_b64decode(part + "==") for part in parts]
-            for forged_with in (key.pem(), key.pem().strip(), jwk, b"", *raw, *map(str.encode, parts)):
-                for name in ("HS256", "HS512", "none", key.algorithm):
-                    token = signed_by_hand({"alg": name, "kid": key.key_id}, GOOD, forged_with)
-                    assert status_with(client, {"Authorization": "Bearer " + token}) == 401, (name, forged_with)
+def test_keys_change_without_a_restart_and_outlive_their_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone_by, clock, old, new = [0.0], SimpleNamespace(**vars(time)), "ES256", "EdDSA"
+    clock.monotonic = lambda: time.monotonic() + sum(gone_by)
+    for module in (ck, jwt.api_jwk, jwt.jwk_set_cache, jwt.jwks_client):
+        monkeypatch.setattr(module, "time", clock)
+    with with_keys() as client:
+
+        def later(seconds: float, answer: bytes) -> list[int]:
+            """What tokens of the new and of the old key come to then, if the URL says this."""
+            gone_by.append(seconds)
+            KeyServer.answer = answer
+            return [status_with(client, sign(name)) for name in (new, old)]
+
+        assert later(0, b"") == [503, 503]
+        assert later(60, jwks(old)) == [401, 200]
+        asked = KeyServer.asked
+        assert {status_with(client, sign(new, kid=f"guess {number}")) for number in range(30)} == {401}
+        assert KeyServer.asked <= asked + 1  # not one request for each token that somebody makes up
+        assert later(60, jwks(old, new)) == [200, 200]
+        assert later(3600, jwks(new)) == [200, 401]
+        for broken in (b"", b"<html>", b"[]", b'{"keys": []}', b'{"keys": [{"kty": "XX"}]}', b"[" * 9999):
+            asked = KeyServer.asked
+            assert later(3600, broken) == [200, 401] and KeyServer.asked > asked, broken
 
 
-def test_a_key_serves_its_own_algorithm_alone() -> None:
-    ed, es, rs = signing_keys()
-    with KeyServer() as keys, serving(jwks_url=keys.url) as client:
-        keys.show(ed, es, rs)
-        for key in (ed, es, rs):
-            assert status_with(client, key.sign()) == 200
-            for other in {ed, es, rs} - {key}:
-                assert status_with(client, key.sign(kid=other.key_id)) == 401
-        for algorithm in ("RS384", "PS256"):
-            token = encode(GOOD, rs.private, algorithm, kid=rs.key_id)
-            assert status_with(client, {"Authorization": "Bearer " + token}) == 401
-        assert status_with(client, rs.sign(jku=keys.url, jwk=rs.public, kid="unknown")) == 401
+# ---- what is refused: other sites, size and shape
+
+BEGIN, HI = f'{{"type": "threads.create", "params": {{"input": {{{WORDS}}}}}}}', '{"message": "hi"}'
+EVIL, LONG = "https://evil.example", "x" * (2 * MAX_BODY)
+# 40* is 400 or 404. A \x stands for a byte.
+REFUSALS = r"""
+400 POST /chatkit (null | 5 | true | [] | {} | "hi" | [{}] | {"message": "hi" | {"message": "hi"} {} | )
+400 POST /chatkit {"message": (null | 5 | true | [] | {} | "" | " \n" | "\ud83d" | "\xff" | "\xed\xa0\xbd")}
+400 POST /chatkit {"message": "hi", ("\udc00": 1 | "x": NaN | "x": -Infinity)}
+400 POST /chatkit {"message": "hi", "(model | tool_choice)": (5 | [] | {} | "unknown")}
+400 POST /chatkit {"message": "hi", "attachments": ("x" | {} | [5])}
+404 POST /chatkit {"message": "hi", "attachments": ["x"]}
+40* POST /chatkit {"message": "hi", "thread_id": (true | -1 | 0 | 1.0 | 99999 | [1])}
+40* POST /chatkit {"message": "hi", "thread_id": "(x | \u0661 | 1.0 | 0x1 | 9223372036854775808)"}
+400 POST /chatkit {"type": (null | 5 | ["threads.list"] | {} | "x" | "")}
+400 POST /chatkit {"type": "threads.create", "params": []}
+413 POST /chatkit {"x": "input.transcribe", "(message | type)": "threads.list", "y": "LONG"}
+413 POST /chatkit {"message": ("32001" | "LONG")}
+400 GET /api/conversations?(limit=0 | limit=-1 | limit=x | limit=1.5 | offset=-1 | offset=x)
+404 GET /api/conversations/(x | 0 | 1.0 | 18446744073709551616)
+400 GET /api/conversations/1?format=pdf
+400 PATCH /api/conversations/1 ({} | {"title": ""} | {"title": 7} | {"status": "open"} | {"metadata": 5})
+400 PATCH /api/conversations/1 {"status": "locked", "reason": 7}
+400 POST /api/conversations/1/tool_output ([] | {"id": "x"} | {"result": 1, "id": 5} | {"result": 1e999})
+409 POST /api/conversations/1/tool_output {"result": 1}
+40* POST /api/conversations/1/answers ({"answers": {}} | {"item_id": 1, "status": "maybe"})
+40* POST /api/conversations/1/answers {"item_id": 1, "answers": ([] | {"q": 5} | {"q": {"values": "x"}})}
+409 POST /api/conversations/1/cancel {}
+40* POST /api/conversations/1/retry ([] | {"message_id": "x"} | {"message_id": 99999} | {"message": 7})
+404 (GET | POST) /nowhere {}
+404 GET /attachments/x
+405 (PUT /chatkit | GET /chatkit | DELETE /health)
+415 POST /attachments {}
+"""
+DEEP = ["[" * 900 + "]" * 900, "[" * 250_000 + "]" * 250_000, '{"a":' * 100_000 + "1" + "}" * 100_000]
+FOREIGN = """
+403 Host: (evil.example | localhost.evil.example | localhost@evil.example | 127.0.0.1.evil.example)
+403 Host: (0.0.0.0 | )
+403 Host: evil.example:8000, Origin: http://evil.example:8000
+403 Origin: (https://evil.example | http://localhost:3000.evil.example | http://localhost:3001 | null | )
+403 Origin: https://localhost:3000, Sec-Fetch-Site: same-site
+415 Content-Type: (text/plain | text/plain; x=application/json | application/x-www-form-urlencoded | x/x | )
+"""
+REFUSED = [("", line) for line in lines(REFUSALS)]
+REFUSED += [("", f'400 POST /chatkit {{"message": "hi", "x": {text}}}') for text in [*DEEP, "9" * 5000]]
+REFUSED += [(way[4:], f"{way[:4]}POST /chatkit {body}") for way in lines(FOREIGN) for body in (HI, BEGIN)]
+REFUSED += [(way[4:], "403 GET /api/conversations ") for way in lines(FOREIGN) if "Host" in way]
 
 
-def test_keys_change_without_a_restart_and_go_on_to_count_while_the_url_does_not_answer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ck.PublicKeys, "AT_MOST_EVERY", 0.05)
-    old, new = SigningKey("EdDSA", "old"), SigningKey("EdDSA", "new")
-    with KeyServer() as keys, serving(jwks_url=keys.url) as client:
-        keys.answer = None
-        assert status_with(client, old.sign()) == 503
-        keys.show(old)
-        until(lambda: status_with(client, old.sign()) == 200)
-        asked = keys.asked
-        for number in range(30):
-            assert status_with(client, new.sign(kid=f"guess {number}")) == 401
-        assert keys.asked < asked + 15  # not one request for each token that somebody makes up
-        keys.show(old, new)
-        until(lambda: status_with(client, new.sign()) == 200)
-        assert status_with(client, old.sign()) == 200
-        keys.show(new)
-        monkeypatch.setattr(ck.PublicKeys, "KEEP", 0.05)
-        until(lambda: status_with(client, old.sign()) == 401)
-        unknown = b'{"keys": [{"kty": "XX"}]}'
-        for broken in (None, b"<html>", b"[]", b'{"keys": []}', b'{"keys": 5}', unknown, b"[" * 9999):
-            keys.answer, asked = broken, keys.asked
-            until(lambda asked=asked: status_with(client, new.sign()) == 200 and keys.asked > asked)  # type: ignore[misc]
+def test_what_is_not_right_is_refused_in_a_sentence_and_nothing_is_kept(parrot: Client) -> None:
+    def kept() -> list[Any]:
+        return [parrot.get("/api/conversations" + which).json() for which in ("?limit=100", "/1")]
+
+    before = kept()
+    for way, line in REFUSED:
+        headers = dict(header.split(": ") for header in way.split(", ") if way)
+        method, path, body = request_of(line[4:])
+        raw = re.sub(rb"\\x(..)", lambda code: bytes.fromhex(code[1].decode()), body.encode())
+        content = raw.replace(b"LONG", LONG.encode()).replace(b"32001", b"x" * 32_001)
+        response = parrot.request(method, path, headers={**JSON, **headers}, content=content)
+        told = way, line[:200], response.status_code, response.text
+        assert re.fullmatch(line[:3].replace("*", "[04]"), str(response.status_code)), told
+        assert isinstance(response.json()["detail"], str) and response.json()["detail"], told
+        assert "access-control-allow-origin" not in response.headers and kept() == before, told
 
 
-# ---- other sites
+@pytest.mark.parametrize("body", [HI, BEGIN])
+def test_this_machine_and_listed_pages_get_in(parrot: Client, body: str) -> None:
+    same, kind = {"Host": "LOCALHOST:8", "Origin": "http://localhost:8"}, "Application/JSON; charset=utf-8"
+    listed = {"Host": "[::1]:8000", "Content-Type": kind, "Origin": "http://localhost:3000"}
+    for way in ({"Host": "localhost:8000"}, same, listed):
+        response = parrot.post("/chatkit", headers={**JSON, **way}, content=body)
+        assert response.status_code == 200, way
+    assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
-@pytest.mark.parametrize(
-    ("headers", "content", "status"),
-    [
-        ({"Content-Type": "application/x-www-form-urlencoded"}, b"message=hi", 415),
-        ({"Content-Type": "text/plain"}, b'{"message": "hi"}', 415),
-        ({"Content-Type": "text/plain; x=application/json"}, b'{"message": "hi"}', 415),
-        ({"Content-Type": "multipart/form-data; boundary=x"}, b'--x\r\n\r\n{"message": "hi"}\r\n--x--', 415),
-        ({}, b'{"message": "hi"}', 415),
-        ({"Origin": "https://evil.example"}, None, 403),
-        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, None, 403),
-        ({"Origin": "null"}, None, 403),
-        ({"Origin": ""}, None, 403),
-        ({"Origin": "http://localhost:3000.evil.example"}, None, 403),
-        ({"Origin": "http://localhost:3001"}, None, 403),
-        ({"Host": "evil.example"}, None, 403),
-        ({"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}, None, 403),
-        ({"Host": "localhost.evil.example"}, None, 403),
-        ({"Host": "127.0.0.1.evil.example"}, None, 403),
-        ({"Host": "localhost@evil.example"}, None, 403),
-        ({"Host": "0.0.0.0"}, None, 403),
-        ({"Host": ""}, None, 403),
-        ({"Origin": "http://localhost:3000"}, None, 200),
-        ({"Host": "localhost:8000"}, None, 200),
-        ({"Host": "[::1]:8000"}, None, 200),
-        ({"Host": "LOCALHOST:8000", "Origin": "http://localhost:8000"}, None, 200),
-    ],
-)
-def test_no_other_site_gets_in_without_a_token(
-    parrot: Client, headers: dict[str, str], content: bytes | None, status: int
-) -> None:
-    before = len(stored(parrot))
-    chatkit = operation("threads.create", input=user_input("hi"))[2]
-    for body in (json.dumps({"message": "hi"}).encode(), json.dumps(chatkit).encode()):
-        kind = {} if content is not None else {"Content-Type": "application/json"}
-        response = parrot.post("/chatkit", headers={**kind, **headers}, content=content or body)
-        assert response.status_code == status, response.text
-        assert response.headers.get("access-control-allow-origin") in (None, "http://localhost:3000")
-    assert len(stored(parrot)) - before == (2 if status == 200 else 0)
-    host = {name: value for name, value in headers.items() if name == "Host"}
-    assert parrot.get("/api/conversations", headers=host).status_code == (403 if status == 403 and host else 200)
+def test_a_preflight_without_a_token_lets_listed_origins_alone_pass(guarded: Client) -> None:
+    asks = {"Access-Control-Request-Headers": "x-of-the-page", "Access-Control-Request-Method": "PATCH"}
+    for origin in ("http://localhost:5173", "http://localhost:5174", EVIL, "null"):
+        headers = guarded.options("/api/conversations/1", headers={"Origin": origin, **asks}).headers
+        passes = headers.get("access-control-allow-origin") == origin
+        assert passes == origin.endswith("5173") == ("access-control-allow-origin" in headers)
+        assert not passes or "x-of-the-page" in headers["access-control-allow-headers"]
 
 
-@pytest.mark.parametrize("host", ["GET / HTTP/1.0\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n"])
-def test_a_request_with_no_host_or_two_of_them_gets_nothing(parrot: Client, host: str) -> None:
-    with connect(parrot) as caller:
-        caller.sendall(host.replace("GET /", "GET /api/conversations").encode() + b"\r\n")
+def dial(client: Client) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", client.base_url.port or 80), DEADLINE)
+
+
+@pytest.mark.parametrize("head", ["HTTP/1.0\r\n", "HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n"])
+def test_a_request_with_no_host_or_two_of_them_gets_nothing(parrot: Client, head: str) -> None:
+    with dial(parrot) as caller:
+        caller.sendall(f"GET /api/conversations {head}\r\n".encode())
         assert int(caller.recv(4096).split()[1]) in (400, 403)
-
-
-@pytest.mark.parametrize(
-    ("origin", "allowed"),
-    [
-        ("http://localhost:3000", True),
-        ("http://localhost:5173", True),
-        ("http://localhost:3001", False),
-        ("https://evil.example", False),
-        ("null", False),
-    ],
-)
-def test_a_preflight_lets_listed_origins_pass(parrot: Client, guarded: Client, origin: str, allowed: bool) -> None:
-    asks = {
-        "Origin": origin,
-        "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization, content-type, last-event-id",
-    }
-    for client in (parrot, guarded):
-        response = client.options("/chatkit", headers=asks)
-        assert response.status_code == (200 if allowed else 400)
-        assert response.headers.get("access-control-allow-origin") == (origin if allowed else None)
-        assert "access-control-allow-credentials" not in response.headers
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "myhost.example"])
-def test_listening_elsewhere_without_a_secret_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ck.main(["--host", host, "--port", "0", "--database", ":memory:"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("chatkit_server: ") and "CHATKIT_JWT_SECRET" in lines[-1]
-    with pytest.raises(ck.SettingsError):
-        ck.serve_in_background(ck.create_app(database=":memory:", model="demo"), host=host)
-
-
-# ---- size and shape
-
-
-@pytest.mark.parametrize("path", ["/chatkit", "/attachments", "/api/conversations/1/tool_output"])
-def test_a_body_that_never_ends_is_refused_while_it_is_read(parrot: Client, path: str) -> None:
-    limit = ck.MAX_BODY
-    with connect(parrot) as caller:
-        kind = "multipart/form-data; boundary=x" if path == "/attachments" else "application/json"
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
-        form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-        start = form if path == "/attachments" else b'{"a":"'
-        caller.sendall(head.encode() + b"%x\r\n%b\r\n" % (len(start), start))
-        sent, answer = 0, b""
-        caller.setblocking(False)
-        until_when = time.monotonic() + DEADLINE
-        with contextlib.suppress(ConnectionError):
-            while not answer and time.monotonic() < until_when:
-                with contextlib.suppress(BlockingIOError):
-                    sent += caller.send(b"%x\r\n%b\r\n" % (65536, b"x" * 65536)) if sent < 64 * limit else 0
-                with contextlib.suppress(BlockingIOError):
-                    answer = caller.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 413 ") and sent < 16 * limit  # what the sockets hold, beside the limit
-
-
-def test_a_body_that_only_claims_to_be_a_recording_is_not_read_to_a_recordings_length() -> None:
-    with serving(scripted(["Hello."])) as client:
-        for body in (
-            {"x": "input.transcribe", "message": "hi", "rest": "x" * 2_000_000},
-            {"x": "input.transcribe", "type": "threads.list", "rest": "x" * 2_000_000},
-        ):
-            assert client.post("/chatkit", json=body).status_code == 413
-        assert client.get("/api/conversations").json() == []
-
-
-def nested(depth: int) -> str:
-    return "[" * depth + "]" * depth
-
-
-ODD_BODIES: dict[str, str | bytes] = {
-    "deep lists": f'{{"message": "hi", "x": {nested(500_000 // 2)}}}',
-    "deep objects": '{"message": "hi", "x": ' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}",
-    "rather deep": f'{{"message": "hi", "x": {nested(900)}}}',
-    "a huge number": f'{{"message": "hi", "thread_id": {"9" * 5000}}}',
-    "a number beyond doubles": '{"message": "hi", "x": 1e999}',
-    "NaN": '{"message": "hi", "x": NaN}',
-    "Infinity": '{"message": "hi", "x": -Infinity}',
-    "half a character": '{"message": "hi \\ud83d"}',
-    "half a character in a key": '{"message": "hi", "\\udc00": 1}',
-    "not UTF-8": b'{"message": "hi \xff"}',
-    "half an encoded character": b'{"message": "hi \xed\xa0\xbd"}',
-    "two values": '{"message": "hi"} {}',
-    "nothing": "",
-    "a list": "[]",
-    "a type that is a list": '{"type": ["threads.list"]}',
-    "a type that is an object": '{"type": {}}',
-    "a type that is null": '{"type": null}',
-    "params that are a list": '{"type": "threads.create", "params": []}',
-    "an id that is true": '{"message": "hi", "thread_id": true}',
-    "an id that is negative": '{"message": "hi", "thread_id": -1}',
-    "an id beyond 64 bits": '{"message": "hi", "thread_id": "9223372036854775808"}',
-    "an id in other digits": '{"message": "hi", "thread_id": "\\u0661"}',
-    "an id that is a fraction": '{"message": "hi", "thread_id": 1.0}',
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ODD_BODIES)
-def test_an_odd_body_is_refused_and_nothing_is_kept(parrot: Client, name: str) -> None:
-    body, before = ODD_BODIES[name], stored(parrot)
-    content = body if isinstance(body, bytes) else body.encode()
-    response = parrot.post("/chatkit", content=content, headers={"Content-Type": "application/json"})
-    assert response.status_code in (400, 404), response.text
-    assert stored(parrot) == before
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["\0", "\x01\x1b[31m\x7f", "a\0b", "\u202e\u200b\ufeff", "\U0010ffff", "'; DROP TABLE tasks; --", "%s {0} \\"],
-)
-def test_odd_characters_are_kept_as_they_were_said(parrot: Client, text: str) -> None:
-    events = parrot.send_message(text)
-    thread_id, url = events[0]["thread_id"], f"/api/conversations/{events[0]['thread_id']}"
-    assert said(events) == f"{text}+{text}"
-    assert [row["content"] for row in parrot.messages(thread_id)] == [text, text, f"{text}+{text}"]
-    assert parrot.patch(url, json={"title": text + "!"}).json()["title"] == text + "!"
-    assert parrot.get(url).json()["title"] == text + "!"
-    assert parrot.operate("items.list", thread_id=str(thread_id))["data"][-1]["content"][0]["text"] == text
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["\0", '"', "*", "zz OR", "NEAR(", "owner : zz", "^", "\ud800", "-", "(" * 200, "'", 'zz*b"c', "{zz}", "zz AND"],
-)
-def test_a_search_for_anything_is_a_search(parrot: Client, words: str) -> None:
-    query = "".join(f"%{byte:02x}" for byte in words.encode("utf-8", "surrogatepass"))
-    assert parrot.get(f"/api/conversations?q={query}").json() == []
-
-
-NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 1.5, 10**30, -(2**63), 2**63, "", " ", "0", "1", "01", "-1", "x", "\0", "\n", "\x1b",
-    "\u2028", "\U0001f600", "a" * 300, "a" * 40_000, "9" * 30, "null", "../..", "__proto__", [], {}, [[]], [None],
-    {"": None}, [1, "1"], {"type": "x"}, {"type": "input_text", "text": "x"}, "threads.create", "threads.delete",
-    "items.list", "demo",
-]  # fmt: skip
-
-
-def valid_requests(mine: Belongings) -> list[tuple[str, str, Any]]:
-    """One of each kind that works, to be spoiled."""
-    ways = [way for listed in attempts(mine, mine).values() for way in listed]
-    ways = [way for way in ways if way[2] is None or "files" not in way[2]]
-    return [
-        *ways,
-        ("POST", "/chatkit", {"message": "add milk", "model": "demo", "tool_choice": "add_task", "attachments": []}),
-        operation("threads.create", input=user_input("hi", quoted_text="x", inference_options={"model": "demo"})),
-        operation(
-            "threads.create", input={"content": [{"type": "input_tag", "id": "1", "text": "t", "data": {"a": 1}}]}
-        ),
-        operation("attachments.create", name="a.png", size=4, mime_type="image/png"),
-        operation("input.transcribe", audio_base64="AAAA", mime_type="audio/webm"),
-        operation("input.transcribe", audio_base64="\u00c4\u00c4", mime_type="audio/webm"),
-        ("GET", "/api/conversations?limit=5&offset=1&q=milk", None),
-        ("GET", "/openapi.json", None),
-        ("GET", "/health", None),
-    ]
-
-
-def mutate(value: Any, chance: random.Random) -> Any:
-    """The same with one thing changed, somewhere in it."""
-    if isinstance(value, dict) and value and chance.random() < 0.8:
-        key = chance.choice(list(value))
-        what = chance.random()
-        if what < 0.1:
-            return {name: part for name, part in value.items() if name != key}
-        if what < 0.15:
-            return {**value, str(chance.choice(NASTY)): value[key]}
-        return {**value, key: mutate(value[key], chance)}
-    if isinstance(value, list) and value and chance.random() < 0.8:
-        at = chance.randrange(len(value))
-        if chance.random() < 0.2:
-            return value * chance.choice([0, 2, 200])
-        return [*value[:at], mutate(value[at], chance), *value[at + 1 :]]
-    return chance.choice(NASTY)
-
-
-def spoil(content: bytes, chance: random.Random) -> bytes:
-    """Bytes changed, lost, doubled or put in."""
-    at, span = chance.randrange(len(content) + 1), chance.randrange(1, 8)
-    put = chance.choice([b"\0", b"\xff", b'"', b"}", b"\\ud800", b"NaN", b"1e999", b"\\", b"[" * 3000, b"\r\n", b""])
-    return content[:at] + put + content[at + chance.choice([0, span]) :]
-
-
-@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=slow)])
-def test_random_mutations_of_valid_requests_never_break_it(tmp_path: Path, count: int) -> None:
-    path = tmp_path / "chatkit.db"
-    chance = random.Random(6)
-    settings = ck.Settings(database=str(path), model="demo")
-
-    async def transcribe(audio: bytes, media_type: str) -> str:
-        return "hi"
-
-    app = ck.create_app(settings=settings, transcribe=transcribe)
-    app.state.chat.models.get_model("demo").delay = 0
-    statuses: dict[int, int] = {}
-
-    async def fire() -> None:
-        transport = httpx.ASGITransport(app)  # which raises what the app does not catch
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            await client.get("/health")
-            for number in range(count):
-                if number % 100 == 0:  # what there was is renamed, locked and deleted by now
-                    requests = valid_requests(await Belongings.add(app.state.chat.store, "local"))
-                method, url, body = chance.choice(requests)
-                headers = {"Content-Type": "application/json"}
-                if body is None or chance.random() < 0.1:
-                    part, other = chance.choice(re.findall(r"\w+", url)), chance.choice([*NASTY, "\xff", "a/b"])
-                    url = url.replace(part, urllib.parse.quote(str(other)[:500], safe=""))
-                if chance.random() < 0.05:
-                    method = chance.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "X"])
-                if chance.random() < 0.05:
-                    name = chance.choice(
-                        ["Content-Type", "Last-Event-ID", "Accept-Language", "Origin", "Authorization"]
-                    )
-                    headers[name] = chance.choice(["", "x", "\x7f", "application/json; charset=x", "1-2", "a" * 9000])
-                for _ in range(chance.choice([0, 1, 1, 1, 2, 3])):
-                    body = mutate(body, chance) if body is not None else None
-                content = b"" if body is None else json.dumps(body).encode()
-                if chance.random() < 0.2:
-                    content = spoil(content, chance)
-                response = await client.request(method, url, content=content, headers=headers)
-                statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-                assert response.status_code < 500, (number, method, url, content[:500], response.text)
-            await asyncio.gather(*(turn.wait() for turn in list(app.state.chat.turns.values())))
-            assert (await client.get("/health")).status_code == 200
-            assert len([task for task in asyncio.all_tasks() if not task.done()]) < 5
-        await app.state.chat.close()
-
-    asyncio.run(fire())
-    assert statuses[200] > count / 20 and statuses[400] > count / 20, statuses  # it did get in, and was refused
-    assert_sound(path)
-
-
-@slow
-def test_what_schemathesis_makes_of_the_openapi_document_breaks_nothing(tmp_path: Path) -> None:
-    schemathesis = optional("schemathesis")
-    hypothesis = optional("hypothesis")
-    path = tmp_path / "chatkit.db"
-    Belongings.make(path, "local")
-    with serving(database=str(path)) as client:
-        document = client.get("/openapi.json").json()
-        schema = schemathesis.openapi.from_dict(document)
-        kinds_tried: dict[str, int] = {}
-        for found in schema.get_all_operations():
-            operation_ = found.ok()
-
-            @hypothesis.given(case=operation_.as_strategy())
-            @hypothesis.settings(
-                max_examples=60, deadline=None, database=None, derandomize=True,
-                suppress_health_check=list(hypothesis.HealthCheck),
-            )  # fmt: skip
-            def attack(case: Any) -> None:
-                try:
-                    response = case.call(base_url=str(client.base_url))
-                except ValueError:  # what no HTTP client would send
-                    return
-                kinds_tried[case.path] = kinds_tried.get(case.path, 0) + 1
-                assert response.status_code < 500, case.as_curl_command()
-
-            attack()
-        assert len(kinds_tried) >= 10
-        client.get("/health").raise_for_status()
-    assert_sound(path)
 
 
 FILE = b'--x\r\nContent-Disposition: form-data; name="file"'
 
 
-@pytest.mark.parametrize(
-    ("parameters", "content"),
-    [
-        ("", b""),
-        ("; boundary=", b""),
-        ("; boundary=x", b""),
-        ("; boundary=x", b"--x"),
-        ("; boundary=x", b"--x\r\n\r\nhi\r\n--x--"),
-        ("; boundary=x", FILE + b"\r\n\r\nhi\r\n--x--"),
-        ("; boundary=x", FILE + b'; filename=""\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x", FILE + b'; filename="a\0/../b"\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x", FILE + b'; filename="a"\r\nContent-Type: \xff/\0\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x", FILE + b'; filename="' + b"a" * 3000 + b'"\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x; charset=utf-7", FILE + b'; filename="+2AA-"\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x; charset=nonsense", FILE + b'; filename="\xff"\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x; charset=undefined", FILE + b'; filename="\xff\0"\r\n\r\nhi\r\n--x--'),
-        ("; boundary=x", (FILE + b"\r\n\r\nhi\r\n") * 30),
-    ],
-)
-def test_an_odd_form_is_refused_or_taken_but_breaks_nothing(parrot: Client, parameters: str, content: bytes) -> None:
-    headers = {"Content-Type": "multipart/form-data" + parameters}
-    response = parrot.post("/attachments", content=content, headers=headers)
-    assert response.status_code in (200, 400, 413, 415), response.text
-    if response.status_code == 200:
-        assert parrot.get(f"/attachments/{response.json()['id']}").content == b"hi"
+@pytest.mark.parametrize("path", ["/chatkit", "/attachments", "/api/conversations/1/tool_output"])
+def test_a_body_that_never_ends_is_refused_while_it_is_read(parrot: Client, path: str) -> None:
+    kind, start = "application/json", b'{"a":"'
+    if path == "/attachments":
+        kind, start = "multipart/form-data; boundary=x", FILE + b'; filename="a"\r\n\r\n'
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked"
+    with dial(parrot) as caller:
+        caller.sendall(head.encode() + b"\r\n\r\nFFFFFFF\r\n" + start)
+        caller.setblocking(False)
+        sent = 0
+        while sent < 16 * MAX_BODY and not select.select([caller], [], [], 0)[0]:
+            assert any(select.select([caller], [caller], [], DEADLINE))
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                sent += caller.send(b"x" * 65536)
+        assert caller.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_odd_form_is_refused_or_taken_but_breaks_nothing(parrot: Client) -> None:
+    names = [b"", b'; filename=""', b'; filename="a\0/../b"', b'; filename="' + b"a" * 3000 + b'"']
+    names += [b'; filename="+2AA-\xff\0"', b'; filename="a"\r\nContent-Type: \xff/\0']
+    forms = [FILE + name + b"\r\n\r\nhi\r\n--x--" for name in names]
+    forms += [b"", b"--x", b"--x\r\n\r\nhi\r\n--x--", (FILE + b"\r\n\r\nhi\r\n") * 30]
+    for kind in (
+        "",
+        "; boundary=",
+        "; boundary=x",
+        "; boundary=x; charset=utf-7",
+        "; boundary=x; charset=undefined",
+    ):
+        for content in forms:
+            headers = {"Content-Type": "multipart/form-data" + kind}
+            response = parrot.post("/attachments", content=content, headers=headers)
+            assert response.status_code in (200, 400, 413, 415), (kind, content, response.text)
+            if response.status_code == 200:
+                assert parrot.get(f"/attachments/{response.json()['id']}").content == b"hi"
+
+
+def test_a_search_for_anything_is_a_search(parrot: Client) -> None:
+    odd = "%00 %22 * zz+OR NEAR( owner:+zz ^ %ed%a0%80 - (((((((((( ' zz*b%22c {zz} zz+AND"
+    for words in odd.split(" "):
+        assert parrot.get(f"/api/conversations?q={words}").json() == [], words
+
+
+# ---- anything at all
+
+NASTY: list[Any] = [
+    None, True, 0, -1, 1, 1.5, 2**63, "", " ", "0", "01", "-1", "x", "9" * 30, "\0", "\u2028", "\U0001f600",
+    "../..", "a" * 300, "a" * 40_000, "a/b", [], {}, [[]], [None], {"": None}, ["1"] * 300, {"type": "x"},
+]  # fmt: skip
+MORE = """
+POST /chatkit {"message": "hi", "model": "demo", "tool_choice": "give_back", "attachments": []}
+threads.create {"input": {"content": [{"type": "input_tag", "id": "1", "text": "t", "data": {"a": 1}}]}}
+GET /(openapi.json | api/conversations?limit=5&offset=1&q=milk)
+"""
+
+
+def mutate(value: Any, chance: random.Random) -> Any:
+    """The same with one thing changed, somewhere in it."""
+    at: list[Any] = list(value) if isinstance(value, dict) else []
+    at += range(len(value)) if isinstance(value, list) else []
+    if not at or chance.random() < 0.2:
+        return chance.choice(NASTY)
+    place, changed = chance.choice(at), value.copy()
+    changed[place] = mutate(value[place], chance)
+    if chance.random() < 0.1:
+        del changed[place]
+    return changed
+
+
+def spoilt(line: str, chance: random.Random) -> tuple[str, str, bytes]:
+    """A request with up to three things changed in its JSON, and now and then in its path or its bytes."""
+    method, url, body = request_of(line)
+    if not body or chance.random() < 0.1:
+        part, other = chance.choice(re.findall(r"\w+", url)), str(chance.choice(NASTY))
+        url = url.replace(part, urllib.parse.quote(other[:500], safe=""))
+    value = json.loads(body) if body else None
+    for _ in range(chance.choice([0, 1, 1, 1, 2, 3])):
+        value = mutate(value, chance)
+    content = json.dumps(value).encode() if body else b""
+    if chance.random() < 0.2:  # bytes changed, lost or put in
+        put = chance.choice([b"\0", b"\xff", b'"', b"\\ud800", b"NaN", b"1e999", b"[" * 3000, b""])
+        at = chance.randrange(len(content) + 1)
+        content = content[:at] + put + content[at + chance.choice([0, 1, 4, 8]) :]
+    return method, url, content
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=slow)])
+def test_no_mutation_of_a_valid_request_breaks_it_or_its_answer(tmp_path: Path, count: int) -> None:
+    chance, statuses, file = random.Random(6), collections.Counter[int](), tmp_path / "chatkit.db"
+    with serving(parrot_agent(), database=str(file), transcribe=transcribe, on_action=redraw) as client:
+        for number in range(count):
+            if number % 100 == 0:  # what there was is renamed, locked and deleted by now
+                mine = belongings(client, "local")
+                valid = attempts(mine, mine) + lines(NAMELESS + MORE)
+            method, url, content = spoilt(chance.choice(valid), chance)
+            response = client.request(method, url, content=content, headers=JSON)
+            statuses[response.status_code] += 1
+            assert response.status_code < 500, (number, method, url, content[:500], response.text)
+            if response.status_code == 200 and url == "/chatkit" and "type" in json.loads(content):
+                streamed = response.headers["content-type"].startswith("text/event-stream")
+                answer = chatkit_events(response.text) if streamed else response.json()
+                validated(json.loads(content)["type"], answer)
+        there = client.get("/api/conversations?limit=100").json()
+        running = [f"/api/conversations/{conversation['id']}/stream" for conversation in there]
+        until(lambda: {client.get(url).status_code for url in running} == {204})
+    assert min(statuses[200], statuses[400]) > count / 20, statuses  # it did get in, and was refused
+    assert_sound(file)
 
 
 # ---- events
 
-
 FORGED = [
-    "a\rb", "a\nb", "a\r\nb", "a\r\n\r\nb", "\u2028", "\u2029", "\x85", "\x0b\x0c\x1c\x1d\x1e", "data: x",
-    "\ndata: [DONE]\n\n", "[DONE]", '\n\nid: 9\ndata: {"type": "done"}\n\n', ": comment", "event: x\n", "retry: 1",
-    "\ufeff", '"}', "\\n\\u0000", "\0",
+    "a\rb", "a\r\n\r\nb", "\u2028", "\x85", "\x0b\x0c\x1c\x1d\x1e", "data: x", "\ndata: [DONE]\n\n", "[DONE]",
+    '\n\nid: 9\ndata: {"type": "done"}\n\n', ": comment", "retry: 1\n", "\ufeff", '"}', "\\n\\u0000", "\0",
+    "\x1b[31m\x7f", "\u202e\u200b", "\U0010ffff", "'; DROP TABLE", "%s {0}",
 ]  # fmt: skip
+ODD_JSON = ['{"a": "\\ud83d"}', '{"a": NaN}', '{"a": 1e999}', "[" * 5000, "[" + "9" * 5000 + "]", "[DONE]"]
 
 
-def sse(raw: bytes) -> list[str]:
-    """The data of each event, as the HTML standard has a browser read them."""
-    found: list[str] = []
-    data: list[str] = []
-    for line in re.split(r"\r\n|\r|\n", raw.decode().removeprefix("\ufeff")):
-        if not line and data:
-            found.append("\n".join(data))
-            data = []
-        name, _, value = line.partition(":")
-        if name == "data":
-            data.append(value.removeprefix(" "))
-        assert not line or name in ("data", "id", ""), line
-    return found
+def both_streams(client: Client, text: str) -> list[list[Any]]:
+    """A message's events in either dialect, read as the HTML standard has a browser do, and as strictly."""
+    both = []
+    for body in ({"message": text}, {"type": "threads.create", "params": {"input": user_input(text)}}):
+        stream = re.sub("\r\n?", "\n", client.post("/chatkit", json=body).text)
+        assert set(re.findall("^[^:\n]*", stream, re.M)) <= {"data", "id", ""}
+        told = re.findall("^data: (.*)", stream, re.M)
+        assert "type" in body or told.pop() == "[DONE]"
+        both.append([json.loads(data) for data in told])
+    json.dumps(both, ensure_ascii=False, allow_nan=False).encode()
+    return both
 
 
 @pytest.mark.parametrize("text", FORGED)
-def test_text_arrives_as_it_was_said_and_forges_no_event(parrot: Client, text: str) -> None:
-    plain = sse(parrot.post("/chatkit", json={"message": f"!{text}!"}).content)
-    assert plain[-1] == "[DONE]" and plain.count("[DONE]") == 1
-    events = [json.loads(data) for data in plain[:-1]]
+def test_text_is_shown_and_kept_as_it_was_said_and_forges_no_event(parrot: Client, text: str) -> None:
+    once, twice = f"!{text}!", f"!{text}!+!{text}!"
+    events, chatkit = both_streams(parrot, once)
     assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
-    assert said(events) == f"!{text}!+!{text}!"
-    assert [e["result"] for e in events if e["type"] == "tool_result"] == [f"!{text}!"]
-    assert [e["args"] for e in events if e["type"] == "tool_call"] == [{"what": f"!{text}!"}]
-    body = operation("threads.create", input=user_input(f"!{text}!"))[2]
-    events = [json.loads(data) for data in sse(parrot.post("/chatkit", json=body).content)]
-    deltas = [e["update"]["delta"] for e in events if "delta" in e.get("update", {})]
-    assert "".join(deltas) == f"!{text}!+!{text}!"
-    done = [e["item"] for e in events if e["type"] == "thread.item.done"]
+    assert (said(events), events[2]["args"], events[3]["result"]) == (twice, {"what": once}, once)
+    assert [row["content"] for row in parrot.messages(events[0]["thread_id"])] == [once, once, twice]
+    assert "".join(e["update"]["delta"] for e in chatkit if "delta" in e.get("update", {})) == twice
+    done = [event["item"] for event in of_type(chatkit, "thread.item.done")]
     assert [item["type"] for item in done] == ["user_message", "task", "assistant_message"]
-    assert [item["content"][0]["text"] for item in done if "content" in item] == [f"!{text}!", f"!{text}!+!{text}!"]
-
-
-def strictly(data: str) -> Any:
-    """JSON as a browser takes it, which Python's parser is not as strict as."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    value = json.loads(data, parse_constant=refuse)
-    json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-ODD_JSON = [
-    '{"a": "\\ud83d"}', '{"a": NaN}', '{"a": 1e999}', '["\\udc00"]', "[" * 5000, '{"a": ' + "9" * 5000 + "}", "[DONE]",
-]  # fmt: skip
+    assert [item["content"][0]["text"] for item in done if "content" in item] == [once, twice]
+    path = f"/api/conversations/{events[0]['thread_id']}"
+    assert (
+        parrot.patch(path, json={"title": once}).json()["title"] == once == parrot.get(path).json()["title"]
+    )
 
 
 @pytest.mark.parametrize("odd", ODD_JSON)
-def test_a_tools_result_that_is_not_quite_json_is_text_or_mended(parrot: Client, odd: str) -> None:
-    events = [strictly(data) for data in sse(parrot.post("/chatkit", json={"message": odd}).content)[:-1]]
-    assert said(events) == f"{odd}+{odd}" and events[-1]["status"] == "completed"
-    mended = [{"a": "\ufffd"}, ["\ufffd"]] if "\\u" in odd else []
-    assert next(e["result"] for e in events if e["type"] == "tool_result") in [odd, *mended]
-    thread_id = str(events[0]["thread_id"])
-    assert len(parrot.operate("items.list", thread_id=thread_id)["data"]) == 3
-    body = operation("threads.add_user_message", thread_id=thread_id, input=user_input(odd))[2]
-    events = [strictly(data) for data in sse(parrot.post("/chatkit", json=body).content)]
-    assert events[-1]["type"] == "thread.item.done"
+def test_results_and_arguments_that_are_not_quite_json_break_nothing(parrot: Client, odd: str) -> None:
+    events, chatkit = both_streams(parrot, odd)
+    assert said(events) == f"{odd}+{odd}"
+    assert of_type(events, "tool_result")[0]["result"] in (odd, {"a": "\ufffd"})
+    assert len(parrot.operate("items.list", thread_id=chatkit[0]["thread"]["id"])["data"]) == 3
+    events, chatkit = both_streams(parrot, f"call give_back {odd}")
+    assert events[-1]["type"] == "done" and chatkit[-1]["type"] in ("thread.item.done", "error")
+    assert {row["status"] for row in parrot.messages(events[0]["thread_id"])} <= {"done", "failed"}
+    assert said(parrot.send_message("and now", events[0]["thread_id"])) == "and now+and now"
 
 
-def test_a_models_arguments_that_are_not_quite_json_do_not_break_the_stream() -> None:
-    agent = scripted(tools=[give_back])
-    with serving(agent) as client:
-        for number, odd in enumerate(ODD_JSON, 1):
-            cast(Script, agent.model).responses = [[Call("give_back", odd)], ["Well."]]
-            cast(Script, agent.model).seen.clear()
-            plain = sse(client.post("/chatkit", json={"message": "hi"}).content)
-            assert plain[-1] == "[DONE]" and [strictly(data) for data in plain[:-1]][-1]["type"] == "done"
-            assert {row["status"] for row in client.messages(number)} <= {"done", "failed"}
-            assert said(client.send_message("and now", number)) == "Well."
-
-
-def test_a_tool_cannot_emit_what_no_reader_could_read() -> None:
+def test_a_tool_cannot_send_what_no_reader_could_read() -> None:
     @function_tool
-    async def emit(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-        """Send something odd."""
-        for odd in (math.nan, math.inf):
-            for event in ({"type": "mine", "value": odd}, {"type": "thinking", "content": odd}):
-                with pytest.raises(ValueError):  # noqa: PT011
-                    wrapper.context.emit(event)
+    async def send_odd(wrapper: RunContextWrapper[ck.TurnContext], number: int) -> str:
+        context, odd = wrapper.context, {"value": (math.nan, math.inf)[number]}
+        event = {"type": "client_effect", "name": "mine", "data": odd}
+        card = {"type": "Card", "children": [odd]}
+        for sending in (context.effect("mine", odd), context.widget(card), context.stream(event)):
             with pytest.raises(ValueError):  # noqa: PT011
-                await wrapper.context.widget({"type": "Card", "children": [odd]})
+                await sending
         return "refused"
 
-    with serving(scripted([Call("emit")], ["Well."], tools=[emit])) as client:
-        events = client.send_message("hi")
-        assert [e["result"] for e in events if e["type"] == "tool_result"] == ["refused"]
-        assert said(events) == "Well."
+    calls = [Call("send_odd", {"number": number}) for number in (0, 1)]
+    with serving(scripted(calls, ["Well."], tools=[send_odd])) as client:
+        results = of_type(client.send_message("hi"), "tool_result")
+    assert [event["result"] for event in results] == ["refused"] * 2
 
 
 # ---- limits
 
 
-@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
-@pytest.mark.parametrize(("settings", "status"), [({"max_concurrent_turns": 4}, 503), ({"max_turns_per_user": 4}, 429)])
-def test_beyond_the_limits_the_answer_is_no_at_once(dialect: str, settings: dict[str, int], status: int) -> None:
+@pytest.mark.parametrize("body", [HI, BEGIN], ids=["plain", "ChatKit"])
+@pytest.mark.parametrize(("limit", "status"), [("max_concurrent_turns", 503), ("max_turns_per_user", 429)])
+def test_beyond_the_limits_the_answer_is_no_at_once(body: str, limit: str, status: int) -> None:
     wait = Wait()
-    body = {"message": "hi"} if dialect == "plain" else operation("threads.create", input=user_input("hi"))[2]
-    with serving(scripted([wait, "Hello."]), jwt_secret=SECRET, **settings) as client, ThreadPoolExecutor(20) as pool:
+    agent = scripted([wait, "Hello."])
+    with serving(agent, jwt_secret=SECRET, **{limit: 2}) as client, ThreadPoolExecutor(9) as pool:
 
-        def ask(user_id: str) -> tuple[int, float, str]:
-            began = time.monotonic()
-            response = client.post("/chatkit", json=body, headers=bearer(user_id))
-            return response.status_code, time.monotonic() - began, response.headers.get("retry-after", "")
+        def got_in(user_id: str) -> bool:
+            response = client.post("/chatkit", content=body, headers={**JSON, **bearer(user_id)})
+            if body == BEGIN:  # the component shows an `error` event, and of a 503 nothing
+                return "error" not in kinds(chatkit_events(response.text))
+            assert response.status_code in (200, status)
+            return response.status_code == 200 or not int(response.headers["retry-after"])
 
-        asked = [pool.submit(ask, "ann") for _ in range(20)]
-        until(lambda: sum(each.done() for each in asked) == 16)
-        for each in asked:
-            if each.done():
-                code, took, retry_after = each.result()
-                assert code == status and took < 2 and int(retry_after) > 0
-        if status == 429:
-            others = pool.submit(ask, "ben")
+        asked = [pool.submit(got_in, "ann") for _ in range(8)]
+        until(lambda: sum(each.done() for each in asked) == 6)  # while those who got in wait for the model
+        other = pool.submit(got_in, "ben")
+        until(lambda: other.done() or len(cast(Script, agent.model).seen) == 3)
         wait.gate.set()
-        assert sorted(each.result(DEADLINE)[0] for each in asked) == [200] * 4 + [status] * 16
-        if status == 429:
-            assert others.result(DEADLINE)[0] == 200
-        assert ask("ann")[0] == 200
-        assert len(client.get("/api/conversations", headers=bearer("ann")).json()) == 5  # what is refused is not kept
+        assert other.result(DEADLINE) == (status == 429)
+        assert sum(each.result(DEADLINE) for each in asked) == 2
+        assert got_in("ann")
+        assert len(client.get("/api/conversations", headers=bearer("ann")).json()) == 3
 
 
 def test_without_tokens_everybody_is_one_user_without_a_limit_of_their_own() -> None:
@@ -5308,18 +4449,558 @@ def test_without_tokens_everybody_is_one_user_without_a_limit_of_their_own() -> 
         assert all(said(each.result(DEADLINE)) == "Hello." for each in asked)
 
 
-# ============================================================================================================ Page
-# In one class, because the browser's event loop stays in the thread for as long as the browser is there: async tests
-# must come before it or after.
+# =================================================================================================== Students
+# The first hour: what is written wrong, data of one's own, what the documents say, and the notebook.
+
+# What somebody writes, and what the one sentence about it must say.
+WRONG = {
+    'create_app("my agent")': "Agent",
+    "create_app(Agent)": "Agent(",
+    "create_app(agent=7)": "Agent",
+    'create_app(port="abc")': "port",
+    'create_app(databse="x.db")': "database",
+    'create_app(settings={"port": 1})': "Settings",
+    'create_app(store="x.db")': "Store(",
+    "create_app(lifespan=7)": "lifespan",
+    "create_app(on_action=print)": "async def",
+    "create_app(on_feedback=print)": "async def",
+    "create_app(transcribe=print)": "async def",
+    'create_app(jwt_secret="only a short secret")': "32",
+    'Settings(jwt_secret="only a short secret")': "32",
+    "serve_in_background(agent)": "create_app(",
+    'serve_in_background("my agent")': "create_app(",
+    'serve_in_background(create_app(agent, database=":memory:"), host="0.0.0.0")': "CHATKIT_JWT_SECRET",
+}
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_a_wrong_argument_is_answered_with_what_belongs_there(code: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        eval(code, {**vars(ck), "Agent": Agent, "agent": scripted(["hello"])})
+    text = str(caught.value)
+    assert WRONG[code] in text and text.count("\n") == 0 and len(text) < 300, text
+    assert "only a short secret" not in text
+
+
+BAD_SETTINGS = """
+CHATKIT_PORT http 99999 -1 1.5
+CHATKIT_HISTORY_LIMIT 0 -1 many
+CHATKIT_MAX_MESSAGE_CHARS 0 long
+CHATKIT_MAX_ATTACHMENT_BYTES 0 10MB
+CHATKIT_MAX_STEPS 0 1.5
+CHATKIT_MAX_CONCURRENT_TURNS 0 x
+CHATKIT_MAX_TURNS_PER_USER 0 x
+CHATKIT_TURN_TIMEOUT 0 -1 nan inf soon
+CHATKIT_ON_DISCONNECT explode
+CHATKIT_LOG_LEVEL loud
+CHATKIT_TRACING perhaps
+CHATKIT_SHOW_TOOLS some
+CHATKIT_CORS_ORIGINS localhost:3000 ftp://x
+CHATKIT_JWKS_URL ftp://x keys.json
+CHATKIT_JWT_SECRET only-a-short-secret
+"""
+
+
+@pytest.mark.parametrize("line", BAD_SETTINGS.split("\n")[1:-1])
+def test_a_setting_that_makes_no_sense_is_named(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *values = line.split()
+    for value in values:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ck.SettingsError) as caught:
+            ck.Settings.from_env()
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert "only-a-short-secret" not in str(caught.value)
+
+
+def test_an_unknown_variable_gets_a_warning_with_the_nearest_name(monkeypatch: Any, caplog: Any) -> None:
+    for name in ("CHATKIT_TITLE", "CHATKIT_DATABSE"):
+        monkeypatch.setenv(name, "x")
+    ck.Settings.from_env()
+    assert "CHATKIT_DATABSE" in caplog.text and "CHATKIT_DATABASE" in caplog.text
+    assert "CHATKIT_TITLE" not in caplog.text
+
+
+def test_a_field_that_looks_like_another_is_refused_and_the_other_named(hello: Client) -> None:
+    before = hello.get("/api/conversations").json()
+    for slip, name in (("threadId", "thread_id"), ("toolChoice", "tool_choice")):
+        response = hello.post("/chatkit", json={"message": "hi", slip: 1})
+        assert response.status_code == 400 and name in response.json()["detail"]
+    assert hello.get("/api/conversations").json() == before
+
+
+def test_the_module_alone_says_what_is_missing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    shutil.copy(HERE / "chatkit_server.py", tmp_path / "copied_alone.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    alone = importlib.import_module("copied_alone")
+    assert alone.main(["--port", "0", "--database", str(tmp_path / "x.db"), "--model", "demo"]) == 2
+    assert "schema.sql" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_modules_own_list_of_packages_is_that_of_requirements_txt() -> None:
+    source = (HERE / "chatkit_server.py").read_text(encoding="utf-8")
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.M)
+    assert block is not None
+    inner = re.sub("^# ?", "", block[1], flags=re.M)
+    assert re.search('^requires-python = ">=3.10"', inner, re.M)
+    listed = ast.literal_eval(inner.partition("dependencies = ")[2])
+    needed = (HERE / "requirements.txt").read_text(encoding="utf-8").partition("# For the tests")[0]
+    wanted = [line.partition(";")[0].strip() for line in needed.splitlines() if line and line[0] != "#"]
+    assert sorted(line.partition(";")[0].strip() for line in listed) == sorted(wanted)
+
+
+def test_a_token_comes_with_an_invitation(guarded: Client, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("CHATKIT_JWT_SECRET", SECRET)
+    assert ck.main(["--token", "ann", "--port", "8123"]) == 0
+    invitation = re.search(r"http://localhost:8123/#\S*?([\w-]+\.[\w-]+\.[\w-]+)\s", capsys.readouterr().out)
+    assert invitation is not None and status_with(guarded, invitation[1]) == 200
+
+
+# ---- data of one's own
+
+
+async def test_a_store_may_be_shared_with_the_app_and_take_tables_of_ones_own(tmp_path: Path) -> None:
+    @function_tool
+    async def note(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        context = wrapper.context
+        await context.store.execute("CREATE TABLE IF NOT EXISTS notes (user_id TEXT, text TEXT)")
+        await context.store.execute("INSERT INTO notes VALUES (?, ?)", context.user_id, text)
+        return json.dumps(await context.store.execute("SELECT * FROM notes"))
+
+    text, file = "'; DROP TABLE notes; --", tmp_path / "chat.db"
+    agent, store = scripted([Call("note")], ["Noted."], tools=[note]), ck.Store(file)
+    with pytest.raises(ck.StoreError, match="async with"):
+        await store.execute("SELECT 1")
+    async with store:
+        app = make_app(agent, store=store)
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            await client.post("http://localhost/chatkit", json={"message": "hi"})
+        own = {"user_id": "local", "text": text}
+        assert await store.execute("SELECT * FROM notes WHERE text = ?", text) == [own]
+    cast(Script, agent.model).seen.clear()
+    with serving(agent, store=ck.Store(file)) as visitor:  # opened and closed with the app
+        assert of_type(visitor.send_message("hi"), "tool_result")[0]["result"] == [own, own]
+
+
+async def test_other_tables_stay_in_the_file_and_only_a_clash_of_names_is_refused(tmp_path: Path) -> None:
+    file, clashes = tmp_path / "recipes.db", tmp_path / "clashes.db"
+    change(file, "CREATE TABLE recipes (name TEXT); INSERT INTO recipes VALUES ('soup')")
+    for count in (2, 4):
+        with serving(scripted(["hello"]), database=str(file)) as client:
+            client.send_message("hi")
+        assert rows_of(file, "SELECT COUNT(*) FROM messages") == [(count,)]
+        assert rows_of(file, "SELECT * FROM recipes") == [("soup",)]
+    for name in ("messages", "tasks"):
+        clashes.unlink(missing_ok=True)
+        change(clashes, f"CREATE TABLE {name} (mine TEXT); CREATE TABLE recipes (name TEXT)")
+        before = clashes.read_bytes()
+        with pytest.raises(ck.StoreError, match=name):
+            await ck.Store(clashes).open()
+        assert clashes.read_bytes() == before
+
+
+def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, caplog: Any) -> None:
+    file, wait = tmp_path / "shared.db", Wait()
+    with answering(scripted(["Half ", wait, "whole."]), wait, database=str(file)) as (_, events):
+        until(lambda: rows_of(file, "SELECT id FROM messages WHERE status = 'streaming'"))
+        with serving(scripted(["x"]), database=str(file)) as second:
+            assert [row["status"] for row in second.messages(1)] == ["done", "streaming"]
+        assert any("shared.db" in log.getMessage() for log in caplog.records if log.levelname == "WARNING")
+        wait.gate.set()
+        assert said(events.result(DEADLINE)) == "Half whole."
+    assert rows_of(file, "SELECT status FROM messages") == [("done",), ("done",)]
+
+
+# ---- one's own page, what is shown, and retry
+
+
+def test_the_config_says_what_a_page_needs(hello: Client) -> None:
+    config: dict[str, Any] = {
+        "title": "ChatKit",
+        "greeting": "How can I help?",
+        "starters": [],
+        "model": "Script",
+    }
+    config |= {"models": ["demo"], "uploads": {"max_bytes": 10 * 1024 * 1024}, "dictation": False}
+    config |= {"tools": [{"name": "echo", "description": "Give back what it is given."}]}
+    assert hello.get("/api/config").json() == config
+    with serving(title="Kitchen", greeting="Hungry?") as client:
+        config = client.get("/api/config").json()
+    assert (config["title"], config["greeting"], len(config["starters"])) == ("Kitchen", "Hungry?", 3)
+
+
+@pytest.mark.parametrize(
+    ("show", "hidden"),
+    [("full", []), ("names", ["ARGUMENT", "RESULT"]), ("none", ["ARGUMENT", "RESULT", "secretive"])],
+)
+def test_readers_are_shown_as_much_of_tools_as_is_set(show: str, hidden: list[str]) -> None:
+    @function_tool
+    async def secretive(text: str) -> str:
+        return "RESULT"
+
+    turn: list[list[Any]] = [[Call("secretive", {"text": "ARGUMENT"})], ["Done."]]
+    agent = scripted(*turn, *turn, tools=[secretive])
+    with serving(agent, show_tools=show) as client:
+        begin = {"type": "threads.create", "params": {"input": user_input("hi")}}
+        seen = [client.post("/chatkit", json=body).text for body in ({"message": "hi"}, begin)]
+        seen += [client.get("/api/conversations/1" + query).text for query in ("", "?format=markdown")]
+        seen += [json.dumps(client.operate("items.list", thread_id=thread)) for thread in ("1", "2")]
+    for text in seen:
+        assert "Done." in text and not any(word in text for word in hidden), text
+        assert show == "none" or "secretive" in text, text
+    assert "ARGUMENT" in str(shown_to(agent)) and "RESULT" in str(shown_to(agent))
+
+
+def test_a_conversation_can_be_had_as_a_markdown_file() -> None:
+    with serving(scripted([Call("echo", {"text": "x"})], ["**Bold** and `code`"])) as client:
+        client.send_message("What *is* it?\nTell me.")
+        client.patch("/api/conversations/1", json={"title": "Gr\u00fc\u00dfe / 1"})
+        response = client.get("/api/conversations/1?format=markdown")
+    assert response.headers["content-type"].startswith("text/markdown")
+    assert re.match(r"attachment; .*\.md\b", response.headers["content-disposition"])
+    assert response.text.startswith("# Gr\u00fc\u00dfe / 1\n")
+    assert re.search(r"What \*is\* it\?\nTell me\.(?s:.*)echo(?s:.*)\*\*Bold\*\* and `code`", response.text)
+
+
+def test_an_earlier_message_is_answered_anew_with_other_words() -> None:
+    agent = scripted(["one"], ["two"], ["three"], ["four"])
+    with serving(agent) as client:
+        client.send_message("first")
+        client.send_message("second", 1)
+        retry = "/api/conversations/1/retry"
+        events = list(plain_events(client.post(retry, json={"message_id": 1, "message": "better"})))
+        assert said(events) == "three"
+        assert [row["content"] for row in client.messages(1)] == ["better", "three"]
+        assert [item["content"] for item in shown_to(agent)] == ["better"]
+        found = [client.get("/api/conversations", params={"q": word}).json() for word in ("better", "second")]
+        assert len(found[0]) == 1 and found[1] == []
+        assert said(list(plain_events(client.post(retry)))) == "four"
+        assert [row["content"] for row in client.messages(1)] == ["better", "four"]
+
+
+# ---- the documents
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """What /openapi.json says of each route, with its references followed."""
+    with serving() as client:
+        assert "/openapi.json" in client.get("/docs").text
+        raw = client.get("/openapi.json").json()
+
+    def follow(part: Any) -> Any:
+        if isinstance(part, list):
+            return [follow(child) for child in part]
+        if isinstance(part, dict) and "$ref" in part:
+            return follow(functools.reduce(lambda place, key: place[key], part["$ref"].split("/")[1:], raw))
+        return {key: follow(child) for key, child in part.items()} if isinstance(part, dict) else part
+
+    paths = follow(raw["paths"])
+    return {f"{way.upper()} {path}": paths[path][way] for path in paths for way in paths[path]}
+
+
+def test_the_document_has_each_routes_body_answer_and_errors() -> None:
+    keyed = ("GET /health", "GET /attachments/{attachment_id}", "POST /attachments/{attachment_id}")
+    assert len(document()) >= 17
+    for route, told in document().items():
+        answers = told["responses"]
+        errors = [status for status in answers if status >= "400"]
+        for status in set(answers) - {"204"}:
+            content = answers[status]["content"]
+            assert status < "400" or content["application/json"]["schema"]["properties"]["detail"], route
+        assert told["summary"] and answers, route
+        assert route in keyed or {"401", "403"} <= set(errors), route
+        assert "{" not in route or "404" in errors, route
+        if route.startswith(("POST ", "PATCH ")) and not route.endswith("/cancel"):
+            assert re.search("'properties': {.*'type'", str(told["requestBody"]["content"])), route
+            assert {"400", "413", "415"} <= set(errors) and "422" not in errors, route
+
+
+def test_the_examples_of_both_dialects_work(hello: Client) -> None:
+    chatkit = document()["POST /chatkit"]
+    examples = chatkit["requestBody"]["content"]["application/json"]["examples"]
+    bodies = [example["value"] for example in examples.values()]
+    assert {"type" in body for body in bodies} == {True, False}
+    assert [hello.post("/chatkit", json=body).status_code for body in bodies] == [200] * len(bodies)
+    stream = str(chatkit["responses"]["200"]["content"]["text/event-stream"])
+    assert "data: " in stream and "[DONE]" in stream
+
+
+@slow
+def test_no_status_and_no_answer_is_other_than_the_document_says(tmp_path: Path) -> None:
+    schemathesis, hypothesis = optional("schemathesis"), optional("hypothesis")
+    checks = optional("schemathesis.specs.openapi.checks")
+    judged = ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
+    judges = [getattr(checks, name) for name in judged]
+    healthy: dict[str, Any] = {"suppress_health_check": list(hypothesis.HealthCheck)}
+    tried, file = set[str](), str(tmp_path / "chat.db")
+    with serving(parrot_agent(), database=file) as client:
+        belongings(client, "local")
+    with serving(database=file, transcribe=transcribe) as client:
+        for found in schemathesis.openapi.from_dict(client.get("/openapi.json").json()).get_all_operations():
+
+            @hypothesis.given(case=found.ok().as_strategy())
+            @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, **healthy)
+            def attack(case: Any) -> None:
+                with contextlib.suppress(ValueError):  # what no HTTP client would send
+                    response = case.call(base_url=str(client.base_url))
+                    tried.add(case.path)
+                    case.validate_response(response, checks=judges)
+
+            attack()
+    assert len(tried) >= 10
+    assert_sound(file)
+
+
+# ---- the notebook
+
+CELLS = """
+# %% imports
+import asyncio, gc, os, signal, threading, warnings
+import httpx, chatkit_server as ck
+warnings.simplefilter("error")
+# %% serve
+server = ck.serve_in_background(ck.create_app(database=":memory:"))
+server
+# %% use
+url = server.url
+print(httpx.post(url + "/chatkit", json={"message": "add milk"}).text)
+other = ck.serve_in_background(ck.create_app(database=":memory:"))
+# %% leave
+for each in (url, server.url, other.url):
+    try: print(httpx.get(each + "/health").status_code)
+    except httpx.ConnectError: print("gone")
+store = ck.Store("chat.db")
+await store.open()
+async for event in ck.stream_agent("add milk", store=store):
+    if event["type"] == "text": break
+# %% interrupt
+async def slow(context, history):
+    yield "Half "
+    await asyncio.sleep(60)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+async for event in ck.stream_agent("hi", agent=slow, store=store, conversation_id=1): pass
+# %% change
+async def echo(context, history):
+    yield history[-1]["content"]
+async for event in ck.stream_agent("hello", agent=echo, store=store, conversation_id=1): print(event)
+# %% end
+for row in await store.execute("SELECT content, status FROM messages"): print(row)
+await store.close()
+server.stop()
+other.stop()
+gc.collect()
+print([t.name for t in threading.enumerate() if "chatkit" in t.name or "connection" in t.name])
+"""
+
+
+def test_the_cells_of_a_notebook_run_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optional("ipykernel")
+    nbformat, nbclient = optional("nbformat"), optional("nbclient")
+    codes = dict(cell.split("\n", 1) for cell in CELLS.split("# %% ")[1:])
+    cells = {name: nbformat.v4.new_code_cell(code) for name, code in codes.items()}
+    cells["interrupt"]["metadata"]["tags"] = ["raises-exception"]
+    for name, value in {**CLEAN_ENV, "JUPYTER_PLATFORM_DIRS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "CHATKIT_TEST_ALL"):  # which are worth a warning
+        monkeypatch.delenv(name, raising=False)
+    notebook = nbformat.v4.new_notebook(cells=list(cells.values()))
+    client = nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3")
+    client.resources["metadata"] = {"path": str(tmp_path)}
+    printed: dict[str, str] = {}
+    with client.setup_kernel():
+        for name in ("imports", "serve", "use", "serve", "leave", "interrupt", "change", "end"):
+            client.execute_cell(cells[name], list(cells).index(name))
+            outputs = cells[name]["outputs"]
+            assert not [out for out in outputs if out.get("name") == "stderr"], outputs
+            printed[name] = "".join(out.get("text", "") for out in outputs)
+    [shown] = cells["serve"]["outputs"]
+    assert re.search(r'<a [^>]*href="http://localhost:\d+', shown["data"]["text/html"])
+    assert "Added" in printed["use"]
+    assert printed["leave"].split() == [
+        "gone",
+        "200",
+        "200",
+    ]  # the cell's first server, its second, the other
+    assert cells["interrupt"]["outputs"][-1]["ename"] in ("KeyboardInterrupt", "CancelledError")
+    assert "'hello'" in printed["change"] and "'completed'" in printed["change"]
+    *rows, threads = printed["end"].splitlines()
+    assert "'Half '" in str(rows) and "streaming" not in str(rows) and threads == "[]"
+
+
+# ===================================================================================================== README
+# What the README says: each example runs as it stands, and each table is complete.
+
+
+def section(heading: str) -> str:
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def in_code(text: str) -> list[str]:
+    return re.findall("`([^`]+)`", " ".join(text.split()))
+
+
+def told_in(heading: str, column: int = 0) -> list[list[str]]:
+    """What stands in code in one column of a section's table, row by row."""
+    rows = [line.replace("\\|", "").split("|") for line in section(heading).splitlines() if line[:1] == "|"]
+    return [in_code(row[column + 1]) for row in rows[2:]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def example(request: pytest.FixtureRequest, here: Path) -> Iterator[Client]:
+    """A client of the app that an example defines."""
+    with ck.serve_in_background(readme_example(request.param)["app"]) as url, Client(base_url=url) as client:
+        yield client
+
+
+def test_the_readmes_curl_prints_what_it_says() -> None:
+    command, printed = re.findall(r"^```\w*\n(.*?)^```", section("Talk to it"), re.S | re.M)
+    with serving() as client:
+        answer = client.post("/chatkit", json=json.loads(command.split("'")[1])).text
+    lines = [line for line in answer.splitlines() if "data" in line]
+    texts = [number for number, line in enumerate(lines) if '"text"' in line]
+    assert len(texts) == 10
+    lines[texts[1] : texts[-1] + 1] = ["(nine more of these, a word each)"]
+    same = functools.partial(re.sub, r"call_\w+|_tokens\": \d+|\n$", "")
+    assert same("\n".join(lines)) == same(printed)
+
+
+def test_the_readmes_generators(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "generators.py").write_text(readme_block("generators.py").replace("port=8000", "port=0"))
+    with subprocess.Popen([sys.executable, "generators.py"], env=CLEAN_ENV, text=True, **PIPES) as process:
+        assert process.stdout is not None
+        with Client(base_url=process.stdout.readline().strip()) as client:
+            assert said(client.send_message("Hello there")) == "Hello there "
+        process.communicate("\n", DEADLINE)
+    assert process.returncode == 0
+    ask_openai = readme_example("generators.py")["ask_openai"]
+    with Provider(["From ", "afar."]) as provider, serving(ask_openai) as client:
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("OPENAI_BASE_URL", provider.url + "/v1")
+        assert said(client.send_message("hi")) == "From afar."
+        client.send_message("and?", thread_id=1)
+    assert [item["content"] for item in provider.requests[1]["body"]["input"]] == ["hi", "From afar.", "and?"]
+
+
+@pytest.mark.parametrize("example", ["tools.py"], indirect=True)
+def test_the_readmes_tools_tell_and_ask_the_person(example: Client) -> None:
+    events = example.send_message('call weather {"city": "Oslo"}')
+    assert kinds(events)[2:7] == ["tool_call", "progress", "effect", "notice", "tool_result"]
+    [item] = of_type(example.send_message("call get_selection"), "item")
+    assert item["item"]["arguments"] == {"kind": "text"}
+    answer = example.post("/api/conversations/2/tool_output", json={"result": {"lines": 2}})
+    assert '"result": {"lines": 2}' in answer.text
+    [item] = of_type(example.send_message("call plan_dinner"), "item")
+    body = {"item_id": item["item"]["id"], "answers": {"main": {"values": ["soup"]}}}
+    assert '"values": ["soup"]' in example.post("/api/conversations/3/answers", json=body).text
+    spoken = example.operate("input.transcribe", audio_base64="AAAA", mime_type="audio/webm;codecs=opus")
+    assert spoken == {"text": "3 bytes of audio/webm"}
+
+
+@pytest.mark.parametrize("example", ["desk.py"], indirect=True)
+def test_the_readmes_desk_hands_over_asks_for_approval_and_looks_at_its_clock(example: Client) -> None:
+    assert of_type(example.send_message("call now"), "tool_result")[0]["result"][-4:].isdigit()  # the year
+    assert of_type(example.send_message("my card is 4111"), "error")[0]["code"] == "guardrail"
+    [item] = of_type(example.send_message('call transfer_to_billing call refund {"euros": 5}'), "item")
+    [asked] = item["item"]["inputs"]
+    answers = {asked["id"]: {"values": [asked["options"][0]["value"]]}}
+    body = {"item_id": item["item"]["id"], "answers": answers}
+    assert "5 euros are on their way." in example.post("/api/conversations/3/answers", json=body).text
+
+
+@pytest.mark.parametrize("example", ["recipes.py"], indirect=True)
+def test_the_readmes_recipe_counts_clicks(example: Client) -> None:
+    click = re.findall(r"-d '(.*?)'", section("Extending"), re.S)[-1]
+    [item] = of_type(example.send_message('call add_recipe {"name": "Soup"}'), "item")
+    assert item["item"]["widget"]["children"][0]["label"] == "Soup: cooked 0 times"
+    events = chatkit_events(example.post("/chatkit", json=json.loads(click)).text)
+    assert events[-1]["item"]["widget"]["children"][0]["label"] == "Soup: cooked 1 times"
+
+
+async def test_the_cells_of_the_readmes_lesson(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *cells = readme_block("lesson.py").split("# %%\n")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(first, names)
+    with Client(base_url=names["server"].url) as client:
+        assert said(await asyncio.to_thread(client.send_message, "hello")) == "hello"
+    for cell in cells:
+        waiting = eval(compile(cell, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+        await (waiting or asyncio.sleep(0))
+    told = capsys.readouterr().out
+    assert "'name': 'add', 'result': '3'" in told and "(2, 'assistant', 'hello', 'done')" in told
+
+
+def test_the_readme_lists_every_route_and_what_comes_back() -> None:
+    with serving() as client:
+        paths = client.get("/openapi.json").json()["paths"]
+        client.send_message("call list_tasks")
+        [conversation] = client.get("/api/conversations").json()
+        message = {name for row in client.messages(1) for name in row}
+        file = client.post("/attachments", files={"file": ("a.png", b"", "image/png")}).json()
+    found = {f"{way.upper()} {re.sub('{[^}]*}', '{id}', path)}" for path in paths for way in paths[path]}
+    found |= {f"GET /{page}" for page in ("", "component", "docs", "openapi.json")}
+    assert sorted(itertools.chain(*told_in("Routes"))) == sorted(found)
+    shapes = [re.findall(r'"(\w+)"', code) for code in in_code(section("Routes"))]
+    assert list(conversation) in shapes and list(file) in shapes
+    assert any(message | {"item", "error"} == set(shape) for shape in shapes)
+
+
+def test_the_readme_lists_every_event_and_every_code_of_an_error() -> None:
+    @function_tool
+    async def everything(wrapper: RunContextWrapper[ck.TurnContext]) -> None:
+        context = wrapper.context
+        await context.progress("on it")
+        await context.effect("ring")
+        await context.notice("info", "look")
+        await context.remove(await context.widget({"type": "Card", "children": []}))
+        await context.update_thread(title="new")
+
+    with serving(scripted([Call("everything")], ["so far", ConnectionError()], tools=[everything])) as client:
+        seen = {event["type"]: sorted(set(event) - {"type", "_id"}) for event in client.send_message("go")}
+    names, fields = told_in("Events"), told_in("Events", 1)
+    assert seen == {name: sorted(field) for [name], field in zip(names, fields, strict=True)}
+    codes = in_code(section("Events").partition("Error codes:")[2])
+    assert {*codes} == {*ck.REASONS, "unreadable_file", "storage", "shutdown"}
+
+
+def test_the_readme_lists_every_setting_what_a_context_has_and_the_sections_of_the_module() -> None:
+    settings = [ck.Settings.env_name(name) for name in ck.Settings.model_fields]
+    told = itertools.chain(*told_in("Settings"))
+    assert sorted(told) == sorted([*settings, "BETTER_AUTH_SECRET"])
+    table = str(told_in("Extending") + told_in("Extending", 1))
+    public = [name for name in {*dir(ck.TurnContext), *ck.TurnContext.__annotations__} if name[0] != "_"]
+    assert [name for name in public if not re.search(rf"\b{name}\b", table)] == ["turn"]
+    banners = re.findall(r"^# ={20,} (.+)$", Path(ck.__file__).read_text(encoding="utf-8"), re.M)
+    assert re.findall(r"\*\*(.+?)\*\*", " ".join(section("Reading it").split())) == banners
+
+
+# ======================================================================================================= Page
+# In one class, because the browser's event loop stays in the thread for as long as the browser is there:
+# async tests must come before it or after.
 
 MARKDOWN = """# A heading
-One paragraph with **bold**, *italics*, `a * b`, a [link](https://example.org/a_(b)?c=1),
+One paragraph with **bold**, *italics*, ~~struck~~, `a * b`, a [link](https://example.org/a_(b)?c=1),
 and https://example.org/bare. snake_case_name, 2 * 3 * 4, \\*plain\\*.
 
 1. first
    - inner **one**
+
    - inner two
 2. second
+
+> A quote
+> of *two* lines
+
+| What | Much |
+|:-----|-----:|
+| `Oat` | 1 \\| 2 |
 
 ```python
 def f(x):
@@ -5331,35 +5012,120 @@ def f(x):
 ```
 ~~~
 The end."""
-
-EVIL = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
-[a](javascript:window.hacked=3) [b](JAVASCRIPT:alert(1)) [c](data:text/html,<script>hacked=4</script>) [d](//e.example)
-<svg onload="window.hacked=5"> <a href="javascript:window.hacked=6">e</a> **<iframe src="javascript:hacked=7">**
-[f](https://x.example/"onmouseover="hacked=9)
+WHAT_IS_DRAWN = {  # what becomes of it, by selector
+    "h3": ["A heading"],
+    "strong": ["bold", "one"],
+    "em": ["italics", "two"],
+    "s": ["struck"],
+    "p code": ["a * b"],
+    "a": ["link", "https://example.org/bare"],
+    "ol > li > ul > li": ["inner one", "inner two"],
+    "blockquote": ["A quote\nof two lines"],
+    "th": ["What", "Much"],
+    "td": ["Oat", "1 | 2"],
+    "pre": ['def f(x):\n\n    return "<b>" + x', "```"],
+}
+HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">
+[a](javascript:hacked=3) [c](data:text/html,<script>hacked=4</script>) [d](//e.example)
+<svg onload="window.hacked=5"> ![g](javascript:h=11) ![h](http://x.example/a.png)
+[f](https://x.example/"onmouseover="hacked=9) **<iframe src="javascript:hacked=7">**
 ```html
 <img src=x onerror="window.hacked = 10">
 ```"""
-
-FITS = "document.documentElement.scrollWidth <= innerWidth && document.querySelector('#log').scrollWidth <= innerWidth"
-
 LOW_CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d");
-  const rgb = (css) => {
-    Object.assign(canvas, {fillStyle: css}).fillRect(0, 0, 1, 1);
-    return canvas.getImageData(0, 0, 1, 1).data;
-  };
   const channel = (v) => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+  const light = (css) => {
+    Object.assign(canvas, {fillStyle: css}).fillRect(0, 0, 1, 1);
+    const [r, g, b] = canvas.getImageData(0, 0, 1, 1).data;
+    return .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+  };
   const opaque = (css) => css !== "rgba(0, 0, 0, 0)";
   const ground = (node) => opaque(getComputedStyle(node).backgroundColor) ? node : ground(node.parentElement);
   const written = (node) => node.checkVisibility() && !node.closest("[disabled]")
     && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
   return [...document.querySelectorAll("body *")].filter(written).map((node) => {
     const colours = [getComputedStyle(node).color, getComputedStyle(ground(node)).backgroundColor];
-    const [low, high] = colours.map((css) => light(rgb(css))).sort((a, b) => a - b);
+    const [low, high] = colours.map(light).sort((a, b) => a - b);
     return [node.textContent.slice(0, 30), (high + .05) / (low + .05)];
   }).filter(([, ratio]) => ratio < 4.5);
 }"""
+UNNAMED = """() => [...document.querySelectorAll("button, a, input, textarea, select")].filter((node) =>
+  !(node.ariaLabel || node.title || node.textContent.trim() || node.ariaLabelledByElements?.length
+  || node.labels?.length)).length"""
+FITS = "Math.max(document.documentElement.scrollWidth, log.scrollWidth) <= innerWidth"
+COMPONENT_SCRIPT = "https://cdn.platform.openai.com/deployments/chatkit/chatkit.js"
+STANDIN = """customElements.define("openai-chatkit", class extends HTMLElement {
+  setOptions(options) { this.options = options; }
+  async connectedCallback() {
+    const { api, header, startScreen, composer } = this.options, { fetch = window.fetch } = api;
+    const headers = { "content-type": "application/json", "chatkit-frame-instance-id": "x" };
+    const post = async (type, params) =>
+      (await fetch(api.url, { method: "POST", headers, body: JSON.stringify({ type, params }) })).text();
+    const form = new FormData();
+    form.append("file", new File(["oats"], "oats.txt", { type: "text/plain" }));
+    const sent = await fetch(api.uploadStrategy.uploadUrl, { method: "POST", body: form });
+    const content = [{ type: "input_text", text: startScreen.prompts[0].prompt }];
+    const inference_options = { model: composer.models?.[1].id, tool_choice: { id: composer.tools[0].id } };
+    const attachments = [(await sent.json()).id];
+    await post("threads.create", { input: { content, attachments, inference_options } });
+    const { data } = JSON.parse(await post("threads.list", { limit: 9999, order: "desc" }));
+    this.append(`${header.title.text} ${startScreen.greeting} ${data[0].title}`);
+  }
+});"""
+
+
+def part(kind: str, *children: Any, **fields: Any) -> dict[str, Any]:
+    """A component of a widget; `does` is the type of the action that a click on it is."""
+    if action := fields.pop("does", None):
+        fields["onClickAction"] = {"type": action, "payload": {"id": 7}}
+    return {"type": kind, **fields, **({"children": list(children)} if children else {})}
+
+
+def text(value: str, **fields: Any) -> dict[str, Any]:
+    return part("Text", value=value, **fields)
+
+
+ROWS = [part("Table.Row", part("Table.Cell", text(value))) for value in ("What", "Flour")]
+SERIES = [{"type": "bar", "dataKey": "cups", "label": "Cups"}]
+COMPONENTS = [  # each with what is to be seen of it: a selector, and the text
+    (part("Title", value="Pancakes", size="lg"), "h3", "Pancakes"),
+    (part("Row", part("Badge", label="easy", color="success")), ".row .badge", "easy"),
+    (part("Icon", name="star-filled", color="warning"), "[title=star-filled]", "★"),
+    (part("Row", part("Spacer"), part("Caption", value="20 minutes")), ".spacer + p", "20 minutes"),
+    (part("Divider"), "hr", ""),
+    (part("Box", text("Mix", weight="bold"), padding={"x": 3}, direction="row"), ".row[style] p", "Mix"),
+    (part("Col", part("Markdown", value="**Fry** it")), ".col strong", "Fry"),
+    (part("Image", src=f"data:image/png;base64,{PIXEL}", alt="A pan", size=40), "img[alt='A pan']", ""),
+    (
+        part("Button", label="Cook", style="primary", iconStart="play", does="cook"),
+        "button.primary",
+        "▶ Cook",
+    ),
+    (part("Transition", text("Served", italic=True)), "p[style*=italic]", "Served"),
+    (part("Hologram", text("inside"), value="unheard of"), ".col:has(> p:text('inside'))", "unheard of"),
+    (part("Chart", data=[{"d": "Mon", "cups": 3}], series=SERIES, xAxis={"dataKey": "d"}), "th + th", "Cups"),
+    (part("Table", *ROWS), "td:has(p:text('Flour'))", "Flour"),
+]
+RECIPE = part("Card", *[each for each, _, _ in COMPONENTS], status={"text": "A recipe", "icon": "book-open"})
+OPTIONS = [{"value": value, "label": f"Kind {value}"} for value in "ab"]
+ORDER = part(
+    "Card",
+    part("Label", value="Your name", fieldName="name"),
+    part("Input", name="name", required=True),
+    part("Textarea", name="wish", defaultValue="no onions"),
+    part("Select", name="size", placeholder="Size", options=OPTIONS),
+    part("RadioGroup", name="kind", options=OPTIONS, defaultValue="a"),
+    part("DatePicker", name="day", defaultValue="2026-12-24T00:00:00Z"),
+    part("Checkbox", name="hot", label="Hot", defaultChecked=True),
+    text("Table 3", editable={"name": "table"}),
+    asForm=True,
+    confirm={"label": "Order", "action": {"type": "order", "payload": {"id": 1}}},
+    cancel={"label": "Leave", "action": {"type": "leave"}},
+)
+TICK = part("Checkbox", name="milk", label="Milk", onChangeAction={"type": "tick", "payload": {}})
+ENTRIES = [part("ListViewItem", text(f"Choice {n}"), does=f"choose {n}") for n in range(3)]
+SHOPPING = part("ListView", part("ListViewItem", TICK), *ENTRIES, limit=2)
 
 
 class Tab:
@@ -5369,22 +5135,34 @@ class Tab:
         self.page = page
         self.expect = optional("playwright.sync_api").expect
         self.input = page.get_by_label("Message", exact=True)
-        self.answer = page.locator(".assistant").last
-        self.log = page.locator("#log")
         page.goto(url)
 
-    def say(self, text: str) -> None:
-        self.input.fill(text)
+    def say(self, message: str) -> None:
+        self.input.fill(message)
         self.input.press("Enter")
 
-    def sees(self, text: str, selector: str = "#log") -> None:
-        self.expect(self.page.locator(selector)).to_contain_text(text)
+    def ask(self, message: str) -> None:
+        """Say it, and wait for the end of the answer."""
+        self.say(message)
+        self.is_idle()
+
+    def type(self, *keys: str) -> None:
+        for key in keys:
+            (self.page.keyboard.press if key in ("Enter", "Tab", "Shift+Enter") else self.page.keyboard.type)(
+                key
+            )
+
+    def sees(self, message: str, selector: str = "#log") -> None:
+        self.expect(self.page.locator(selector)).to_contain_text(message)
 
     def sees_no(self, selector: str) -> None:
         self.expect(self.page.locator(f":is({selector}):visible")).to_have_count(0)
 
     def button(self, name: str) -> Any:
-        return self.page.get_by_role("button", name=name)
+        return self.page.get_by_role("button", name=name).last
+
+    def link(self, name: str) -> Any:
+        return self.page.get_by_role("link", name=name, exact=True)
 
     def is_idle(self) -> None:
         self.expect(self.page.locator("#send")).to_have_attribute("aria-label", "Send")
@@ -5393,16 +5171,24 @@ class Tab:
         self.expect(self.page.locator("#send")).to_have_attribute("aria-label", "Stop")
 
     def texts(self, selector: str = ".assistant") -> list[str]:
-        return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
+        return [each.strip() for each in self.page.locator(selector).all_inner_texts()]
+
+    def now_and_after_a_reload(self) -> Iterator[None]:
+        """What follows holds for what came live, and for what is loaded."""
+        yield
+        self.page.reload()
+        self.is_idle()
+        yield
 
 
 @pytest.fixture(scope="class")
 def chromium() -> Iterator[Any]:
     playwright = optional("playwright.sync_api")
     playwright.expect.set_options(timeout=DEADLINE * 1000)
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     with playwright.sync_playwright() as tools:
         try:
-            browser = tools.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            browser = tools.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
         except playwright.Error:
             if TEST_ALL:
                 raise
@@ -5416,18 +5202,25 @@ def context(chromium: Any) -> Iterator[Any]:
     """What a window of the browser shares with no other; in none of its pages may anything go wrong."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     context.set_default_timeout(DEADLINE * 1000)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     wrong: list[str] = []
     context.on("weberror", lambda error: wrong.append(str(error.error)))  # unhandled rejections as well
-    context.on("console", lambda line: wrong.append(line.text) if "Content Security Policy" in line.text else None)
+    context.on("console", lambda line: wrong.append(line.text) if "Security Policy" in line.text else None)
     yield context
     context.close()
     assert not wrong
 
 
 @pytest.fixture
-def visit(context: Any) -> Callable[..., Tab]:
-    """Open a server's page in a new tab."""
-    return lambda client, path="": Tab(context.new_page(), f"{str(client.base_url).rstrip('/')}/{path}")
+def visit(context: Any) -> Callable[..., Any]:
+    """A server and its page, or another tab of one that runs."""
+
+    @contextlib.contextmanager
+    def visiting(agent: Any = None, **options: Any) -> Iterator[tuple[Client, Tab]]:
+        with serving(agent, **options) as client:
+            yield client, Tab(context.new_page(), str(client.base_url))
+
+    return visiting
 
 
 def counted(number: int) -> list[str]:
@@ -5435,143 +5228,304 @@ def counted(number: int) -> list[str]:
     return [f"w{n} " for n in range(number)]
 
 
+def doing(work: Callable[[ck.TurnContext], Any], *then: Any, answer: list[Any] | None = None) -> Agent[Any]:
+    """An agent that calls a tool which does this, and then answers."""
+
+    @function_tool
+    async def tool(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
+        """Do it."""
+        return await work(wrapper.context)
+
+    return scripted([Call("tool")], answer or ["Done."], *then, tools=[tool])
+
+
+def showing(*widgets: Any, answer: list[Any] | None = None) -> Agent[Any]:
+    async def work(context: ck.TurnContext) -> None:
+        for widget in widgets:
+            await context.widget(widget, copy_text="A widget")
+
+    return doing(work, answer=answer)
+
+
 class TestPage:
-    def test_an_answer_is_shown_while_it_is_written(self, visit: Callable[..., Tab]) -> None:
+    def test_an_answer_is_shown_while_it_is_written(self, context: Any, visit: Any) -> None:
+        failed: list[str] = []
+        context.on("response", lambda each: failed.append(each.url) if each.status >= 400 else None)
         first, last = Wait(), Wait()
-        with serving(scripted([first, *counted(9), last, "the end"], ["again"])) as client:
-            tab = visit(client)
+        with visit(scripted([first, *counted(9), last, "the end"], ["again"])) as (client, tab):
             tab.say("  hello\nyou ")
             tab.is_busy()
             tab.sees("Thinking", "#thinking")
             first.gate.set()
             tab.sees("w8")
             tab.sees_no("#thinking")
-            assert "the end" not in tab.log.inner_text() and tab.page.locator("#announce").inner_text() == ""
+            assert not tab.texts("#announce")[0]
             last.gate.set()
             tab.is_idle()
             assert tab.texts() == ["w0 w1 w2 w3 w4 w5 w6 w7 w8 the end"]
             tab.sees("the end", "#announce")
+            tab.sees(f"{USAGE['input_tokens']} tokens in, {USAGE['output_tokens']} out", ".item >> nth=-1")
             tab.sees("hello you", "#title")
-            tab.sees("hello you", "#list .current")
+            tab.sees("hello you", "#list [aria-current]")
+            tab.sees_no("#note, #tries, #models, .retry")
+            tab.ask("more")
             assert tab.page.url.endswith("#/1")
-            tab.sees_no("#note, #tries, #tasks")
-            tab.say("more")
-            tab.is_idle()
             assert len(tab.texts()) == 2 and len(client.get("/api/conversations").json()) == 1
+        assert not failed
 
-    def test_the_demo_with_its_tools_and_tasks(self, visit: Callable[..., Tab]) -> None:
-        with serving() as client:
-            tab = visit(client)
+    def test_the_demo_with_its_list(self, visit: Any) -> None:
+        with visit() as (client, tab):
             tab.sees("OPENAI_API_KEY", "#note")
             tab.sees("demo", "#model")
-            tab.button("add buy milk to my list").click()
+            tab.button("add buy milk").click()
             tab.sees("done", ".tool")
             tab.sees_no("#welcome, .tool pre")
             tab.page.locator(".tool summary").click()
             tab.sees('"title": "buy milk"', ".tool pre >> nth=0")
-            tab.sees('"done": false', ".tool pre >> nth=1")
             tab.is_idle()
-            task = tab.page.get_by_role("complementary", name="To-do list").get_by_label("buy milk")
-            tab.expect(task).not_to_be_checked()
-            tab.say("complete buy milk")
-            tab.expect(task).to_be_checked()
-            tab.is_idle()
-            task.click()
-            until(lambda: client.get("/api/tasks").json()[0]["done"] is False)
-            tab.say("show my tasks")
-            tab.is_idle()
+            tab.ask("show my tasks")
+            box = tab.page.get_by_role("checkbox", name="buy milk")
+            tab.expect(box).not_to_be_checked()
+            box.press("Space")
+            until(lambda: client.get("/api/tasks").json()[0]["done"])
+            tab.sees_no("[aria-busy=true]")
+            tab.expect(box).to_be_focused()  # though it was drawn anew
             tab.page.reload()
-            tab.expect(task).not_to_be_checked()
-            tab.expect(tab.page.locator(".tool.done")).to_have_count(4)
-            tab.sees_no(".widget")
+            tab.expect(box).to_be_checked()
 
-    def test_thoughts_widgets_and_notices(self, visit: Callable[..., Tab]) -> None:
-        @function_tool
-        async def report(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
-            """Show what there is to show."""
-            await wrapper.context.widget({"type": "Card", "children": []}, copy_text="A card")
-            await wrapper.context.notice("warning", "Mind the **gap**.", "Careful")
-            await wrapper.context.effect("confetti")
-            return "ok"
+    def test_title_greeting_starters_models_and_tools_are_the_apps_own(self, visit: Any) -> None:
+        own: dict[str, Any] = {"title": "Kitchen", "greeting": "Hungry?"}
+        own["starters"] = ("Cook <b>soup</b>",)
+        own["models"] = {"fast": "demo", "smart": "demo"}
+        with visit(Agent(name="Own", tools=[echo]), **own) as (_, tab):
+            tab.sees("Hungry?", "#welcome")
+            tab.sees("Kitchen", "#sidebar")
+            sent: list[Any] = []
+            tab.page.on("request", lambda each: sent.extend([each.post_data_json] * ("chatkit" in each.url)))
+            tab.page.get_by_label("Model", exact=True).select_option("smart")
+            tab.page.get_by_label("Tool", exact=True).select_option("echo")
+            tab.button("Cook <b>soup</b>").click()
+            tab.is_idle()
+            tab.ask("and now?")
+            assert [(each["model"], each.get("tool_choice")) for each in sent] == [
+                ("smart", "echo"),
+                ("smart", None),
+            ]
+            assert tab.page.title() == "Cook <b>soup</b> \u2013 Kitchen"
 
+    def test_thoughts_progress_and_notices(self, visit: Any) -> None:
         wait = Wait()
-        with serving(scripted([Think("weigh this"), wait, Call("report")], ["So."], tools=[report])) as client:
-            tab = visit(client)
+
+        async def report(context: ck.TurnContext) -> None:
+            await context.progress("Looking about")
+            await wait.pass_through()
+            await context.notice("warning", "Mind the **gap**.", "Careful")
+            await context.effect("confetti")
+
+        agent = doing(report)
+        cast(Script, agent.model).responses[0].insert(0, Think("weigh **this**"))
+        with visit(agent) as (_, tab):
             tab.say("x")
-            tab.sees("weigh this", "#thinking")
+            tab.sees("Looking about", "#thinking")
             wait.gate.set()
             tab.is_idle()
-            tab.sees("A card", ".widget")
-            tab.sees("CarefulMind the gap.", ".notice.warning")
-            assert tab.texts() == ["So."] and "weigh" not in tab.page.locator("main").inner_text()
-            tab.page.reload()
-            tab.sees("A card", ".widget")
+            assert tab.texts(".notice.warning") == ["Careful\nMind the gap."] and tab.texts() == ["Done."]
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("Thought for", ".tool >> nth=0")
+                assert "weigh" not in tab.page.locator("main").inner_text()
+            tab.page.get_by_text("Thought for").click()
+            tab.sees("this", ".tool strong")
 
-    def test_markdown(self, context: Any, visit: Callable[..., Tab]) -> None:
-        with serving(scripted(re.findall(r"[^\n]{1,7}|\n", MARKDOWN), delay=0.001)) as client:
-            tab = visit(client)
-            tab.say("x")
-            for _ in ("as it came", "as it was loaded"):
+    def test_markdown(self, visit: Any) -> None:
+        with visit(scripted(re.findall(r"[^\n]{1,7}|\n", MARKDOWN), delay=0.001)) as (_, tab):
+            tab.ask("x")
+            for _ in tab.now_and_after_a_reload():
                 tab.sees("The end.")
-                tab.is_idle()
-                for selector, texts in {
-                    "h3": ["A heading"],
-                    "strong": ["bold", "one"],
-                    "em": ["italics"],
-                    "p code": ["a * b"],
-                    "a": ["link", "https://example.org/bare"],
-                    "ol > li > ul > li": ["inner one", "inner two"],
-                    "pre": ['def f(x):\n\n    return "<b>" + x', "```"],
-                }.items():
-                    assert tab.texts(f".assistant {selector}") == texts
+                assert {
+                    selector: tab.texts(f".assistant {selector}") for selector in WHAT_IS_DRAWN
+                } == WHAT_IS_DRAWN
                 assert tab.page.locator("ol > li").count() == 2
-                assert (
-                    tab.page.get_by_role("link", name="link").get_attribute("href") == "https://example.org/a_(b)?c=1"
-                )
+                assert tab.link("link").get_attribute("href") == "https://example.org/a_(b)?c=1"
                 tab.sees("snake_case_name, 2 * 3 * 4, *plain*.")
-                tab.page.reload()
-            context.grant_permissions(["clipboard-read", "clipboard-write"])
-            tab.button("Copy").first.click()
+            tab.page.get_by_role("button", name="Copy").first.click()
             tab.expect(tab.button("Copied")).to_be_visible()
-            assert tab.page.evaluate("navigator.clipboard.readText()") == 'def f(x):\n\n    return "<b>" + x'
+            assert tab.page.evaluate("navigator.clipboard.readText()") == WHAT_IS_DRAWN["pre"][0]
 
-    def test_nothing_that_is_written_can_run(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted([EVIL], [mark * 3000 for mark in ("*", "`", "[", "- ", "> ", "**a ", "_a")])) as client:
-            tab = visit(client)
-            tab.say(EVIL)
-            for _ in ("as it came", "as it was loaded"):
+    def test_nothing_that_is_written_can_run(self, visit: Any) -> None:
+        much = [
+            mark * 3000 for mark in ("*", "`", "[", "- ", "> ", "**a ", "_a", "~~a ", "![", "|", "|a\n|-\n")
+        ]
+        evil = part("Card", text(HOSTILE), part("Image", src="javascript:hacked=12", alt="evil"))
+        evil |= {"background": "url(https://x.example/spy)", "padding": "1px; background: url(//x.example)"}
+
+        async def work(context: ck.TurnContext) -> None:
+            await context.widget(evil, copy_text=HOSTILE)
+            await context.notice("info", HOSTILE, HOSTILE)
+
+        asked: list[str] = []
+        with visit(doing(work, much, answer=[HOSTILE])) as (client, tab):
+            tab.page.on("request", lambda each: asked.append(each.url))
+            tab.ask(HOSTILE)
+            for _ in tab.now_and_after_a_reload():
                 tab.sees("hacked = 10", ".assistant pre")
-                tab.is_idle()
                 assert tab.page.evaluate("window.hacked") is None
-                assert tab.page.locator("#log :is(script, img, svg, iframe)").count() == 0
-                hrefs = [link.get_attribute("href") for link in tab.page.locator("#log a").all()]
+                tab.sees_no("#log :is(script, img, iframe, [onload], [onerror])")
+                links = tab.page.locator(".assistant a").all()
+                hrefs = [link.get_attribute("href") for link in links]
                 assert hrefs == ['https://x.example/"onmouseover="hacked=9']
-                tab.sees('<img src=x onerror="window.hacked = 2">', ".user")
-                tab.page.reload()
-            tab.say("much of everything")
-            tab.is_idle()
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\son\w+=\"", ck.PAGE)
+            tab.ask("much of everything")
+        assert all(url.startswith(str(client.base_url)) for url in asked)
+        assert not re.search(r"(inner|outer)HTML|insertAdjacentHTML|document\.write|\beval\b", ck.PAGE)
 
-    def test_stop(self, visit: Callable[..., Tab]) -> None:
+    def test_a_widget_is_drawn_and_its_buttons_act(self, visit: Any) -> None:
+        seen: list[Any] = []
+
+        async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
+            seen.append((action["type"], action["payload"], item["id"]))
+            await context.replace_widget(item["id"], part("Card", part("Title", value="Cooked")))
+            await context.notice("info", "It smells good.")
+            await context.say("Enjoy.")
+
+        here = part("Button", label="Here", onClickAction={"type": "here", "handler": "client"})
+        with visit(showing(part("Card", here), RECIPE), on_action=on_action) as (client, tab):
+            tab.ask("x")
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("A recipe", ".widget >> nth=1")
+                for _, selector, shown in COMPONENTS:
+                    tab.sees(shown, f".card {selector} >> nth=0")
+            tab.button("Here").click()
+            tab.sees("frontend of yours", "#problem")
+            tab.button("Cook").click()
+            tab.sees("It smells good.", ".notice")
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("Cooked", ".widget >> nth=1")
+                tab.sees("Enjoy.")
+                assert tab.texts() == ["Done.", "Enjoy."]
+            assert seen == [("cook", {"id": 7}, client.messages(1)[3]["item"]["id"])]
+
+    def test_forms_ticks_and_choices_send_their_values(self, visit: Any) -> None:
+        seen: list[Any] = []
+
+        async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
+            seen.append((action["type"], action["payload"]))
+            if action["type"] == "leave":
+                await context.remove(item["id"])
+
+        with visit(showing(ORDER, SHOPPING), on_action=on_action) as (client, tab):
+            tab.ask("x")
+            tab.button("Order").click()  # which says that the name is missing
+            tab.page.get_by_label("Your name").fill("Ann")
+            tab.page.get_by_role("combobox", name="Size").select_option("b")
+            tab.page.get_by_label("Kind b").check()
+            tab.button("Order").click()
+            given = {
+                "id": 1,
+                "name": "Ann",
+                "wish": "no onions",
+                "size": "b",
+                "kind": "b",
+                "day": "2026-12-24",
+            }
+            assert until(lambda: seen and seen.pop()) == ("order", {**given, "hot": True, "table": "Table 3"})
+            tab.page.get_by_label("Milk").check()
+            assert until(lambda: seen and seen.pop()) == ("tick", {"milk": True})
+            tab.expect(tab.page.get_by_text("Choice 2")).to_have_count(0)
+            tab.button("Show 2 more").click()
+            tab.button("Choice 2").press("Enter")
+            assert until(lambda: seen and seen.pop()) == ("choose 2", {"id": 7})
+            tab.button("Leave").click()
+            tab.sees_no(".card")
+            assert seen[0][0] == "leave" and len(client.messages(1)) == 4
+
+    def test_an_action_may_come_while_an_answer_is_written_and_have_the_agent_answer(
+        self, visit: Any
+    ) -> None:
+        async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
+            await (context.answer() if action["type"] == "reply" else context.say("Said meanwhile."))
+
+        wait, buttons = Wait(), [part("Button", label=name, does=name) for name in ("tell", "reply")]
+        agent = showing(part("Card", *buttons), answer=["One ", wait, "two"])
+        cast(Script, agent.model).responses.append(counted(5))
+        with visit(agent, on_action=on_action) as (_, tab):
+            tab.say("x")
+            tab.sees("One")
+            tab.button("tell").click()
+            tab.sees("Said meanwhile.")
+            tab.is_busy()
+            wait.gate.set()
+            tab.is_idle()
+            tab.button("reply").click()
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("w4")
+                assert sorted(tab.texts()) == ["One two", "Said meanwhile.", "w0 w1 w2 w3 w4"]
+
+    def test_pictures_of_others_are_shown_after_a_click_only(self, context: Any, visit: Any) -> None:
+        image = {"content_type": "image/png", "body": base64.b64decode(PIXEL)}
+        asked: list[str] = []
+
+        def serve(each: Any) -> None:
+            asked.append(each.request.url)
+            each.fulfill(**image)
+
+        context.route("https://pics.example/*", serve)
+        drawn = {"id": "ig_1", "type": "image_generation_call", "result": PIXEL}
+        with visit(scripted([drawn, "See ![a cat](https://pics.example/cat.png)."])) as (_, tab):
+            tab.ask("x")
+            loaded = "[...document.querySelectorAll('#log img')].filter((image) => image.naturalWidth).length"
+            for _ in tab.now_and_after_a_reload():
+                tab.expect(tab.page.get_by_role("img", name="Generated picture")).to_be_visible()
+                until(lambda: tab.page.evaluate(loaded) == 1)
+                assert not asked
+                tab.button("Show picture from pics.example: a cat").click()
+                until(lambda: tab.page.evaluate(loaded) == 2)
+                assert len(asked) == 1
+                asked.clear()
+
+    def test_citations_tasks_and_workflows(self, visit: Any) -> None:
+        book = {"type": "url", "title": "The book", "url": "https://books.example/a"}
+        sources = [(book, 3), ({"type": "entity", "id": "e", "title": "Oolong"}, 6), (book, 6)]
+        notes = [{"type": "annotation", "source": source, "index": index} for source, index in sources]
+
+        async def work(context: ck.TurnContext) -> None:
+            await context.start_workflow({"type": "custom", "tasks": []})
+            await context.add_workflow_task({"type": "custom", "title": "Look", "content": "At **it**"})
+            await context.end_workflow({"title": "All planned"})
+            await context.say("One two.", annotations=notes)
+
+        found = [{"type": "url", "url": "https://tea.example"}]
+        search: dict[str, Any] = {"id": "ws", "type": "web_search_call"}
+        search |= {"action": {"type": "search", "query": "tea", "sources": found}}
+        with visit(doing(work, answer=[search, "Done."])) as (_, tab):
+            tab.ask("x")
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("All planned")
+                assert sorted(tab.texts("sup")) == ["1", "1", "2"]
+                assert tab.texts("ol.quiet:visible li") == ["The book", "Oolong"]
+                assert tab.page.locator("sup a").first.get_attribute("href") == book["url"]
+                assert len(tab.texts("#log > .item > .tool")) == 3  # the workflow, the tool, and the search
+                tab.sees("tea", ".tool >> nth=-1")
+            tab.page.get_by_text("All planned").click()
+            tab.page.get_by_text("Look", exact=True).click()
+            tab.sees("it", ".tool strong")
+
+    def test_stop(self, visit: Any) -> None:
         wait = Wait()
-        with serving(scripted(["so far ", wait, "too far"])) as client:
-            tab = visit(client)
+        with visit(scripted(["so far ", wait, "too far"])) as (_, tab):
             tab.say("x")
             tab.sees("so far")
             tab.button("Stop").click()
             tab.is_idle()
             assert wait.left.wait(DEADLINE)
-            for _ in ("as it came", "as it was loaded"):
+            for _ in tab.now_and_after_a_reload():
                 tab.sees("Stopped")
                 assert tab.texts() == ["so far"]
-                tab.page.reload()
 
-    def test_reloading_in_mid_answer(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted(["let me see", Call("echo", {"text": "x"})], counted(60), delay=0.03)) as client:
-            tab = visit(client)
+    def test_reloading_in_mid_answer(self, visit: Any) -> None:
+        agent = scripted(["let me see", Call("echo", {"text": "x"})], counted(60), delay=0.03)
+        with visit(agent) as (_, tab):
             tab.say("x")
-            for word in ("see", "w7", "w23", "w41"):
-                tab.sees(f"{word} " if word != "see" else word)
+            for word in ("see", "w7 ", "w23 ", "w41 "):
+                tab.sees(word)
                 tab.page.reload()
                 tab.is_busy()
             tab.is_idle()
@@ -5579,14 +5533,13 @@ class TestPage:
             assert tab.texts(".tool summary") == ["echo\ndone"] and tab.texts(".user") == ["x"]
 
     def test_the_network_is_away_for_a_while(self, context: Any) -> None:
-        settings = ck.Settings(database=":memory:", model="demo")
-        server = ck.serve_in_background(ck.create_app(scripted(counted(70), delay=0.03), settings=settings))
+        server = ck.serve_in_background(make_app(scripted(counted(70), delay=0.03)))
         with server as url:
             tab = Tab(context.new_page(), url)
             tab.say("x")
             tab.sees("w7 ")
             context.set_offline(True)  # for new connections; those there are:
-            for connection in list(server._server.server_state.connections):
+            for connection in list(server.server_state.connections):
                 connection.loop.call_soon_threadsafe(connection.transport.abort)
             tab.sees("The server does not answer", "#banner")
             context.set_offline(False)
@@ -5595,13 +5548,13 @@ class TestPage:
             assert tab.texts() == ["".join(counted(70)).strip()] and tab.texts(".user") == ["x"]
             tab.sees_no("#banner")
 
-    def test_the_server_dies_and_comes_back(self, tmp_path: Path, visit: Callable[..., Tab]) -> None:
+    def test_the_server_dies_and_comes_back(self, tmp_path: Path, context: Any) -> None:
         port = ("--port", str(free_port()))
         with Process(*port, cwd=tmp_path) as process:
-            tab = visit(process.client())
+            tab = Tab(context.new_page(), process.url)
             tab.say("hello")
-            tab.sees("rules")
-            until(lambda: "rules" in process.client().messages(1)[-1]["content"])
+            tab.sees("hello", ".user")
+            until(lambda: any(row["content"] for row in process.client().messages(1)[1:]))
         tab.sees("The server does not answer", "#banner")
         with Process(*port, cwd=tmp_path):
             tab.sees("Interrupted")
@@ -5614,22 +5567,23 @@ class TestPage:
             tab.expect(tab.button("Retry")).to_be_visible()
             tab.sees_no("#banner")
             tab.input.press("Enter")
-            tab.sees("start the server again.")
+            tab.expect(tab.page.locator(".assistant")).to_have_count(2)
             tab.is_idle()
             assert tab.texts(".user") == ["hello", "are you there?"]
 
-    def test_two_tabs(self, visit: Callable[..., Tab]) -> None:
+    def test_two_tabs(self, context: Any, visit: Any) -> None:
         wait = Wait()
-        with serving(scripted(["one ", wait, "two"], ["three"])) as client:
-            first = visit(client)
+        with visit(scripted(["one ", wait, "two"], ["three"])) as (client, first):
             first.say("x")
             first.sees("one")
-            second = visit(client, "#/1")
+            second = Tab(context.new_page(), f"{client.base_url}#/1")
             second.sees("one")
             second.is_busy()
-            second.say("y")  # Enter does nothing while it is being answered
+            second.say("y")
+            second.sees("Not sent: an answer is still being written", "#problem")
             wait.gate.set()
             second.is_idle()
+            second.sees_no("#problem")
             second.input.press("Enter")
             second.sees("three")
             second.is_idle()
@@ -5637,43 +5591,42 @@ class TestPage:
             first.sees("three")
             assert first.texts() == second.texts() == ["one two", "three"]
 
-    def test_conversations_are_searched_renamed_and_deleted(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted(["ok"])) as client:
-            for text in ("apples are red", "pears are green", "plums are blue"):
-                client.send_message(text)
-            tab = visit(client)
-            rows = tab.page.locator("#list .row")
-            tab.expect(rows).to_have_text(["plums are blue", "pears are green", "apples are red"])
-            search = tab.page.get_by_label("Search conversations")
-            search.fill("green")
-            tab.expect(rows).to_have_count(1)
-            search.fill("nothing like it")
-            tab.sees("Nothing found.", "#nothing")
-            search.fill("")
-            tab.expect(rows).to_have_count(3)
-            tab.page.get_by_role("link", name="pears are green").click()
-            tab.button("Rename pears are green").click()
-            tab.page.keyboard.type("Pears!")
-            tab.page.keyboard.press("Enter")
+    def test_conversations_are_searched_renamed_exported_and_deleted(self, visit: Any) -> None:
+        with visit(scripted(["ok"])) as (client, tab):
+            for message in ("apples are red", "pears are green", "plums are blue"):
+                client.send_message(message)
+            tab.page.reload()
+            titles, search = tab.page.locator("#list a"), tab.page.get_by_label("Search conversations")
+            tab.expect(titles).to_have_text(["plums are blue", "pears are green", "apples are red"])
+            tab.sees_no("#actions")
+            for query, count in (("green", 1), ("nothing like it", 0), ("", 3)):
+                search.fill(query)
+                tab.expect(titles).to_have_count(count)
+                tab.expect(tab.page.locator("#nothing")).to_have_text("" if count else "Nothing found.")
+            tab.link("pears are green").click()
+            tab.button("Rename").click()
+            tab.type("Pears!", "Enter")
             tab.sees("Pears!", "#title")
-            tab.sees("Pears!", "#list .current")
-            tab.button("Delete Pears!").click()
-            tab.button("Cancel").click()
-            tab.button("Delete Pears!").click()
-            assert len(client.get("/api/conversations").json()) == 3
-            tab.sees("Pears!", "dialog")
-            tab.button("OK").click()
-            tab.expect(rows).to_have_count(2)
-            tab.sees("How can I help?", "#welcome")
+            tab.sees("Pears!", "#list [aria-current]")
+            with tab.page.expect_download() as download:
+                tab.button("Export").click()
+            assert download.value.suggested_filename.endswith(".md")
+            assert "pears are green" in Path(download.value.path()).read_text(encoding="utf-8")
+            for button, count in (("Cancel", 3), ("OK", 2)):
+                tab.button("Delete").click()
+                tab.sees("Pears!", "dialog")
+                tab.button(button).click()
+                tab.expect(titles).to_have_count(count)
+            tab.expect(tab.page.locator("#welcome")).to_be_visible()
 
-    def test_addresses_go_back_and_forward(self, visit: Callable[..., Tab]) -> None:
+    def test_addresses_go_back_and_forward(self, visit: Any) -> None:
         wait = Wait()
-        with serving(scripted(["one"], ["two ", wait, "three"])) as client:
-            client.send_message("first")
-            tab = visit(client)
+        with visit(scripted(["one"], ["two ", wait, "three"])) as (_, tab):
+            tab.ask("first")
+            tab.link("+ New conversation").click()
             tab.say("second")
             tab.sees("two")
-            tab.page.get_by_role("link", name="first").click()
+            tab.link("first").click()
             tab.sees("one")
             tab.is_idle()
             tab.page.go_back()
@@ -5682,126 +5635,220 @@ class TestPage:
             tab.page.go_forward()
             tab.sees("one")
             wait.gate.set()
-            tab.page.get_by_role("link", name="second").click()
+            tab.link("second").click()
             tab.sees("two three")
-            tab.is_idle()
-            tab.page.get_by_role("link", name="New conversation").click()
-            tab.sees("How can I help?", "#welcome")
-            assert not tab.texts()
             tab.page.evaluate("location.hash = '#/99'")
             tab.sees("Conversation not found", "#problem")
+            assert not tab.texts()
 
-    def test_a_token_is_asked_for_and_stays_in_the_tab(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted(["hello"]), jwt_secret=SECRET) as client:
-            tab = visit(client)
+    def test_a_token_is_asked_for_and_an_invitation_brings_it_along(self, context: Any, visit: Any) -> None:
+        token = bearer("ann")["Authorization"].removeprefix("Bearer ")
+        with visit(scripted(["hello"]), jwt_secret=SECRET) as (client, tab):
             tab.sees("asks for a token", "dialog")
-            tab.page.keyboard.type("wrong \u2603")
-            tab.page.keyboard.press("Enter")
+            tab.type("wrong \u2603", "Enter")
             tab.sees("The token is not valid", "dialog")
-            token = bearer("ann")["Authorization"].removeprefix("Bearer ")
-            tab.page.keyboard.type(token)
-            tab.page.keyboard.press("Enter")
+            tab.type(token, "Enter")
             tab.sees_no("dialog")
-            tab.say("x")
-            tab.is_idle()
+            tab.ask("x")
             tab.page.reload()
             tab.sees("hello")
-            kept = tab.page.evaluate("[...Object.values(sessionStorage), localStorage.length, document.cookie]")
-            assert kept == [token, 0, ""]
+            invited = Tab(context.new_page(), f"{client.base_url}#token={token}")
+            invited.link("x").click()
+            invited.sees("hello")
+            kept = "[...Object.values(sessionStorage), localStorage.length, document.cookie, location.hash]"
+            for each in (tab, invited):
+                assert each.page.evaluate(kept) == [token, 0, "", "#/1"]
+                each.sees_no("dialog")
+            invited.page.go_back()
+            assert "token" not in invited.page.url
 
-    def test_questions(self, visit: Callable[..., Tab]) -> None:
-        @function_tool
-        async def survey(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
-            """Ask the person."""
-            choice = {"type": "multiple_choice", "options": [{"value": "Small"}, {"value": "Large"}]}
-            return wrapper.context.ask(
-                [
-                    {**choice, "id": "size", "question": "Which size?"},
-                    {**choice, "id": "more", "question": "Which as well?", "multiple": True},
-                    {"type": "freeform", "id": "note", "question": "Anything else?"},
-                ]
-            )
+    def test_questions(self, visit: Any) -> None:
+        choice = {"type": "multiple_choice", "options": [{"value": "Small"}, {"value": "Large"}]}
+        asked: list[dict[str, Any]] = [
+            {**choice, "id": "size", "question": "Which size?"},
+            {**choice, "id": "more", "question": "Which as well?", "multiple": True},
+            {"type": "freeform", "id": "note", "question": "Anything else?"},
+        ]
 
-        agent = scripted([Call("survey")], ["Thanks."], tools=[survey])
-        with serving(agent) as client:
-            tab = visit(client)
-            tab.say("x")
-            tab.is_idle()
+        async def survey(context: ck.TurnContext) -> Any:
+            return context.ask(asked)
+
+        with visit(doing(survey)) as (client, tab):
+            tab.ask("x")
             tab.button("Send answers").click()  # which says what is missing
             tab.page.reload()
             tab.page.get_by_label("Large").first.check()
-            tab.page.get_by_label("Anything else?").last.fill("No <b>sugar</b>")
+            tab.page.get_by_role("textbox", name="Anything else?").fill("No <b>sugar</b>")
             tab.button("Send answers").click()
-            tab.sees("Thanks.")
-            tab.is_idle()
-            tab.sees_no("form")
+            tab.sees("Done.")
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("Which size? Large")
+                tab.sees("Anything else? No <b>sugar</b>")
+                tab.sees_no("#log form")
             told = json.loads(client.messages(1)[1]["content"])
-            assert [answer.get("values") for answer in told] == [["Large"], None, ["No <b>sugar</b>"]]
+            assert [answer["values"] for answer in told] == [["Large"], [], ["No <b>sugar</b>"]]
 
-    def test_errors_can_be_retried(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted(["so "], [RuntimeError("no")], [RuntimeError("no")], ["well"])) as client:
-            tab = visit(client)
-            tab.say("x")
+    def test_a_tool_that_needs_approval_has_two_buttons(self, visit: Any) -> None:
+        wiped: list[str] = []
+
+        @function_tool(needs_approval=True)
+        def wipe(path: str) -> None:
+            """Remove a file."""
+            wiped.append(path)
+
+        calls = [Call("wipe", {"path": path}) for path in "ab"]
+        with visit(scripted(calls, ["Done."], [calls[0]], ["Over."], tools=[wipe])) as (_, tab):
+            tab.ask("x")
+            tab.sees("wipe", "fieldset")
+            tab.sees_no(".tool")
+            tab.page.get_by_role("button", name="Approve").first.click()
+            assert not wiped
+            tab.button("Reject").click()
+            tab.sees("Done.")
             tab.is_idle()
-            tab.say("y")
-            tab.expect(tab.page.get_by_role("alert").get_by_role("button", name="Retry")).to_be_visible()
-            tab.is_idle()
+            assert wiped == ["a"]
+            tab.ask("y")
             tab.page.reload()
-            tab.button("Retry").click()
-            tab.expect(tab.page.get_by_role("alert").get_by_role("button", name="Retry")).to_be_visible()
-            tab.button("Retry").click()
-            tab.sees("well")
-            tab.is_idle()
+            tab.button("Approve").click()
+            tab.sees("Over.")
+            assert wiped == ["a", "a"]
+
+    def test_a_client_tool_call_says_what_it_waits_for(self, visit: Any) -> None:
+        async def selection(context: ck.TurnContext) -> Any:
+            return context.client_tool("get_selection", {"kind": "text"})
+
+        with visit(doing(selection)) as (_, tab):
+            tab.ask("x")
+            for _ in tab.now_and_after_a_reload():
+                assert tab.texts(".tool") == ["get_selection\nwaits for a frontend that has this tool"]
+
+    def test_errors_say_why_after_a_reload_too_and_can_be_retried(self, visit: Any) -> None:
+        with visit(scripted(["so "], [RuntimeError("no")], [RuntimeError("no")], ["well"])) as (_, tab):
+            tab.ask("x")
+            tab.ask("y")
+            alert = tab.page.get_by_role("alert").get_by_role("button", name="Retry")
+            tab.expect(alert).to_be_visible()
+            said = tab.texts(".notice.danger")
+            for _ in tab.now_and_after_a_reload():
+                tab.expect(alert).to_be_visible()
+                assert len(said[0]) > 15 and tab.texts(".notice.danger") == said
+            for _ in range(2):
+                tab.button("Retry").click()
+                tab.is_idle()
             assert tab.texts() == ["so", "well"] and tab.texts(".user") == ["x", "y"]
             tab.sees_no(".notice, .retry")
 
-    def test_a_refused_message_is_given_back(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted(["ok"])) as client:
-            client.send_message("x")
-            tab = visit(client, "#/1")
-            tab.sees("ok")
-            client.patch("/api/conversations/1", json={"status": "locked"})
+    def test_what_guardrails_block_is_marked_or_gone(self, visit: Any) -> None:
+        @input_guardrail
+        async def polite(context: Any, agent: Any, given: Any) -> GuardrailFunctionOutput:
+            return GuardrailFunctionOutput(None, "rude" in json.dumps(given))
+
+        @output_guardrail
+        async def discreet(context: Any, agent: Any, output: Any) -> GuardrailFunctionOutput:
+            return GuardrailFunctionOutput(None, "secret" in str(output))
+
+        guards: Any = {"input_guardrails": [polite], "output_guardrails": [discreet]}
+        with visit(scripted(["The ", "secret."], **guards)) as (_, tab):
+            tab.ask("please")
+            for _ in tab.now_and_after_a_reload():
+                tab.expect(tab.page.locator(".notice.danger")).to_have_count(1)
+                assert not tab.texts()
+            tab.ask("rude")
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("Blocked", ".item >> nth=-1")
+                assert not tab.texts() and tab.texts(".user") == ["please", "rude"]
+
+    def test_a_refused_message_is_given_back_and_a_locked_conversation_says_why(self, visit: Any) -> None:
+        with visit(scripted(["ok"])) as (client, tab):
+            tab.ask("x")
+            client.patch("/api/conversations/1", json={"status": "locked", "reason": "The cook sleeps."})
             tab.say("more")
-            tab.sees("Not sent: The conversation is locked", "#problem")
+            tab.sees("Not sent: ", "#problem")
+            tab.sees("This conversation is locked: The cook sleeps.", "#locked")
             tab.expect(tab.input).to_have_value("more")
             client.patch("/api/conversations/1", json={"status": "active"})
             tab.input.press("Enter")
             tab.expect(tab.page.locator(".assistant")).to_have_count(2)
             tab.is_idle()
             assert tab.texts(".user") == ["x", "more"]
-            tab.sees_no("#problem")
+            tab.sees_no("#problem, #locked")
 
-    def test_the_keyboard_is_enough(self, visit: Callable[..., Tab]) -> None:
+    def test_files_are_attached_by_button_drop_and_paste(self, visit: Any) -> None:
+        with visit(scripted(["Nice."]), max_attachment_bytes=1000) as (_, tab):
+            picture = {"name": "red.png", "mimeType": "image/png", "buffer": base64.b64decode(PIXEL)}
+            large = {"name": "large.txt", "mimeType": "text/plain", "buffer": b"x" * 1001}
+            tab.page.locator("#file").set_input_files([picture, large])
+            tab.sees("large.txt is not attached: ", "#problem")
+            for kind, field in (("paste", "clipboardData"), ("drop", "dataTransfer")):
+                tab.page.evaluate(f"""() => {{
+                  const carried = new DataTransfer();
+                  carried.items.add(new File(["a {kind} note"], "{kind}.txt", {{ type: "text/plain" }}));
+                  const event = new Event("{kind}", {{ bubbles: true }});
+                  input.dispatchEvent(Object.assign(event, {{ {field}: carried }}));
+                }}""")
+            tab.expect(tab.page.get_by_role("button", name="Remove ")).to_have_count(3)
+            tab.button("Remove drop.txt").click()
+            tab.expect(tab.page.locator("#files img")).to_be_visible()
+            tab.page.locator("#send").click()  # without a word
+            tab.sees("Nice.")
+            tab.sees_no("#files li")
+            for _ in tab.now_and_after_a_reload():
+                tab.expect(tab.page.locator("#log .chips img")).to_be_visible()
+                with tab.page.expect_download() as download:
+                    tab.button("paste.txt").click()
+                assert Path(download.value.path()).read_text(encoding="utf-8") == "a paste note"
+
+    def test_a_message_is_edited_and_an_answer_had_anew(self, visit: Any) -> None:
+        with visit(scripted(["one"], ["two"], ["three"], ["four"])) as (client, tab):
+            tab.ask("x")
+            tab.ask("y")
+            tab.button("Answer anew").click()
+            tab.sees("What came after it", "dialog")
+            tab.button("OK").click()
+            tab.sees("three")
+            tab.is_idle()
+            assert tab.texts() == ["one", "three"] and tab.texts(".user") == ["x", "y"]
+            tab.button("Good").click()
+            tab.expect(tab.button("Good")).to_have_attribute("aria-pressed", "true")
+            assert client.messages(1)[-1]["feedback"] == "positive"
+            tab.button("Copy").click()
+            until(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "three")
+            tab.page.get_by_role("button", name="Edit").first.click()
+            tab.sees("What came after it", "dialog")
+            tab.type("z", "Shift+Enter", "zz", "Enter")
+            tab.sees("four")
+            tab.is_idle()
+            for _ in tab.now_and_after_a_reload():
+                tab.sees("four")
+                assert tab.texts() == ["four"] and tab.texts(".user") == ["z\nzz"]
+
+    def test_the_keyboard_is_enough(self, visit: Any) -> None:
         wait = Wait()
-        with serving(scripted([wait, "ok"])) as client:
-            tab = visit(client)
+        with visit(scripted([wait, "ok"])) as (_, tab):
             tab.expect(tab.input).to_be_focused()
             low = tab.input.bounding_box()["height"]
-            tab.page.keyboard.type("one")
-            tab.page.keyboard.press("Shift+Enter")
-            tab.page.keyboard.type("two")
+            tab.type("one", "Shift+Enter", "two")
             assert tab.input.input_value() == "one\ntwo" and tab.input.bounding_box()["height"] > low
-            tab.page.keyboard.press("Enter")
-            tab.is_busy()
-            assert tab.texts(".user") == ["one\ntwo"] and tab.input.bounding_box()["height"] == low
-            tab.page.keyboard.press("Tab")
-            tab.page.keyboard.press("Enter")
+            tab.type("Enter")
+            tab.expect(tab.page.locator(".user")).to_have_text("one\ntwo")
+            until(lambda: tab.input.bounding_box()["height"] == low)
+            while tab.page.evaluate("document.activeElement.id") != "send":
+                tab.type("Tab")
+            tab.type("Enter")
             assert wait.left.wait(DEADLINE)
             tab.is_idle()
-            nameless = """[...document.querySelectorAll("button, a, input, textarea")].filter((node) => !(node.ariaLabel
-                || node.textContent.trim() || node.ariaLabelledByElements?.length || node.labels?.length)).length"""
-            assert tab.page.evaluate(nameless) == 0
+            assert tab.page.evaluate(UNNAMED) == 0
 
-    def test_the_view_follows_unless_scrolled_up(self, visit: Callable[..., Tab]) -> None:
-        with serving(scripted([f"line {n}\n\n" for n in range(100)], delay=0.02)) as client:
-            tab = visit(client)
+    def test_the_view_follows_unless_scrolled_up(self, visit: Any) -> None:
+        with visit(scripted([f"line {n}\n\n" for n in range(100)], delay=0.02)) as (_, tab):
             tab.page.set_viewport_size({"width": 1280, "height": 400})
             tab.say("x")
             tab.sees("line 40")
-            assert tab.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 60
+            below = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+            assert tab.page.evaluate(below) < 60
             tab.page.mouse.move(600, 150)
             tab.page.mouse.wheel(0, -300)
-            until(lambda: tab.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") > 250)
+            until(lambda: tab.page.evaluate(below) > 250)
             top = tab.page.evaluate("scroller.scrollTop")
             tab.sees("line 70")
             assert tab.page.evaluate("scroller.scrollTop") == top
@@ -5809,278 +5856,217 @@ class TestPage:
             tab.is_idle()
             tab.expect(tab.page.get_by_text("line 99", exact=True)).to_be_in_viewport()
 
-    @pytest.mark.parametrize("width", [1280, 390])
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    def test_it_fits_and_can_be_read(self, visit: Callable[..., Tab], width: int, scheme: str) -> None:
-        with serving() as client:
-            for text in ("an earlier conversation with a title that does not fit", "add milk", "x" * 300):
-                client.send_message(text)
-            client.post("/chatkit", json={"message": MARKDOWN, "thread_id": 2})
-            tab = visit(client)
-            tab.page.emulate_media(color_scheme=scheme)
-            tab.page.set_viewport_size({"width": width, "height": 800})
-            for number in ("", "2", "3", "99"):
-                tab.page.evaluate(f"location.hash = '#/{number}'")
-                tab.sees({"": "How can I", "2": "The end.", "3": "xxx", "99": "not found"}[number], "main")
-                assert tab.page.evaluate(FITS)
-                assert tab.page.evaluate(LOW_CONTRAST) == []
-            if width == 390:
-                tab.sees_no("#sidebar, #tasks")
-                tab.button("To-do list").click()
-                tab.expect(tab.page.get_by_role("checkbox", name="milk")).to_be_visible()
-                tab.page.keyboard.press("Escape")
-                tab.button("Conversations").click()
-                tab.page.get_by_role("link", name="an earlier").click()
-                tab.sees_no("#sidebar, #tasks")
-                tab.sees("an earlier", ".user")
+    def test_it_fits_and_can_be_read(self, visit: Any) -> None:
+        agent = showing(RECIPE, ORDER, SHOPPING, answer=[MARKDOWN])
+        places = (("", "How can I"), ("1", "The end."), ("2", "xxx"), ("99", "not found"))
+        with visit(agent, models={"fast": "demo", "smart": "demo"}) as (client, tab):
+            for message in ("an earlier conversation with a title that does not fit", "x" * 300):
+                client.send_message(message)
+            for width, scheme in itertools.product((1280, 390), ("light", "dark")):
+                tab.page.emulate_media(color_scheme=scheme)
+                tab.page.set_viewport_size({"width": width, "height": 800})
+                for number, seen in places:
+                    tab.page.evaluate(f"location.hash = '#/{number}'")
+                    tab.sees(seen, "main")
+                    assert tab.page.evaluate(FITS)
+                    assert tab.page.evaluate(LOW_CONTRAST) == []
+                    assert tab.page.evaluate(UNNAMED) == 0
+            tab.sees_no("#sidebar")
+            tab.button("Conversations").click()
+            tab.page.get_by_role("link", name="an earlier").click()
+            tab.sees_no("#sidebar")
+            tab.sees("an earlier", ".user")
 
     def test_it_works_mounted_in_another_app(self, context: Any) -> None:
-        app = ck.create_app(scripted(["hello"]), settings=ck.Settings(database=":memory:", model="demo"))
-        outer = FastAPI()
+        app, outer = make_app(scripted(["hello"])), FastAPI()
         outer.mount("/some/where", app)
         outer.state.chat = app.state.chat
         with ck.serve_in_background(outer) as url:
-            tab = Tab(context.new_page(), f"{url}/some/where")
-            tab.say("x")
-            tab.sees("hello")
-            tab.is_idle()
-            tab = Tab(context.new_page(), f"{url}/some/where/#/1")
-            tab.sees("hello")
-            tab.say("y")
+            for path in ("/some/where", "/some/where/#/1"):
+                tab = Tab(context.new_page(), url + path)
+                tab.ask("x")
+                tab.sees("hello")
             tab.expect(tab.page.locator(".assistant")).to_have_count(2)
 
+    def test_the_page_of_the_real_component(self, context: Any) -> None:
+        """With a stand-in for OpenAI's script, which does on the wire what COMPONENT.md says that it does."""
+        own = {"title": "Kitchen", "greeting": "Hungry?", "starters": ("Cook soup",), "jwt_secret": SECRET}
+        with serving(Agent(name="Own", tools=[echo]), **own, models={"fast": "demo"}) as client:
+            client.headers.update(bearer("ann"))
+            page, expect = context.new_page(), optional("playwright.sync_api").expect
+            context.route(COMPONENT_SCRIPT, lambda route: route.abort())
+            page.goto(f"{client.base_url}/component")
+            expect(page.get_by_role("status")).to_contain_text("cannot be loaded")
+            context.unroute(COMPONENT_SCRIPT)
+            answer = {"content_type": "text/javascript", "body": STANDIN}
+            context.route(COMPONENT_SCRIPT, lambda route: route.fulfill(**answer))
+            page.goto(f"{client.base_url}/component")
+            expect(page.get_by_role("status")).to_contain_text("token")
+            page.goto(f"{client.base_url}/#token={client.headers['Authorization'].removeprefix('Bearer ')}")
+            page.goto(f"{client.base_url}/component")
+            expect(page.locator("openai-chatkit")).to_have_text("Kitchen Hungry? Cook soup")
+            options = client.messages(1)[0]["item"]["inference_options"]
+            assert options == {"model": "fast", "tool_choice": {"id": "echo"}}
 
-# ============================================================================================================= Load
 
-
-async def follow_one(port: int, mark: str, words: int, pause: float) -> tuple[str, str, float]:
-    """One plain stream over a socket of its own: its thread id, its text, and the seconds that it took."""
-    began = time.monotonic()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(post({"message": f"say {words} words {pause} apart as {mark}"}).encode())
-    raw = (await reader.read()).decode()
-    writer.close()
-    seconds = time.monotonic() - began
-    assert raw.startswith("HTTP/1.1 200 "), raw[:300]
-    events = [json.loads(data) for data in re.findall(r"^data: (\{.*\})\r?$", raw, re.MULTILINE)]
-    assert events[-1]["status"] == "completed"
-    assert not [event for event in events if event["type"] == "error"]
-    return str(events[0]["thread_id"]), said(events), seconds
+# ====================================================================================================== Load
 
 
 @pytest.mark.skipif(not TEST_ALL, reason="takes half a minute: CHATKIT_TEST_ALL=1 runs it")
-def test_a_thousand_streams_at_once_lose_and_mix_up_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    streams, words, pause = 1000, 200, 0.02
+def test_a_thousand_streams_at_once_lose_and_mix_up_nothing(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, limits[1]), limits[1]))
     try:
         with contextlib.ExitStack() as stack:
-            bench = Benchmark(tmp_path, stack)
-            port = bench.serve("ours", str(tmp_path / "chat.db"))
-            before = bench.usage(port)
+            ours = Served("ours", "plain", tmp_path, stack)
 
-            async def all_at_once() -> tuple[list[tuple[str, str, float]], float]:
-                tasks = [asyncio.create_task(follow_one(port, f"s{n}", words, pause)) for n in range(streams)]
-                await asyncio.sleep(words * pause * 0.9)
-                usage = await asyncio.to_thread(bench.usage, port)
-                return await asyncio.gather(*tasks), usage["memory"]
+            async def all_at_once() -> list[tuple[bytes, float]]:
+                texts = (f"say 200 words 0.02 apart as s{number}" for number in range(1000))
+                return await asyncio.gather(*map(ours.stream, texts))
 
-            results, memory = asyncio.run(all_at_once())
-            cpu = bench.usage(port)["cpu"] - before["cpu"]
+            answers = asyncio.run(all_at_once())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    for number, (_, text, _) in enumerate(results):
-        assert text == "".join(f" s{number}.{word}" for word in range(words))
-    with contextlib.closing(sqlite3.connect(tmp_path / "chat.db")) as db:
-        stored = db.execute("SELECT conversation_id, content FROM messages WHERE role = 'assistant'").fetchall()
-        assert {str(thread): text for thread, text in stored} == {thread: text for thread, text, _ in results}
-        assert len(stored) == len({thread for thread, _, _ in results}) == streams
-    times = sorted(seconds for _, _, seconds in results)
-    with capsys.disabled():
-        print(
-            f"\n{streams} streams of {words} words: {statistics.median(times):.1f} s each in the middle, "
-            f"{times[-1]:.1f} s the last ({words * pause:.1f} s is the model's own), "
-            f"{cpu / streams / words * 1e6:.0f} us CPU a token, "
-            f"{(memory - before['memory']) / streams / 1e3:.0f} kB a stream"
-        )
+    told = {}
+    for number, (raw, _) in enumerate(answers):
+        events = [json.loads(data) for data in re.findall(r"^data:(\{.*\})\r?$", raw.decode(), re.MULTILINE)]
+        assert events[-1]["status"] == "completed"
+        assert said(events) == "".join(f" s{number}.{word}" for word in range(200))
+        told[events[0]["thread_id"]] = said(events)
+    [file] = tmp_path.glob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        sql = "SELECT conversation_id, content FROM messages WHERE role = 'assistant'"
+        stored = db.execute(sql).fetchall()
+    assert (len(stored), dict(stored)) == (1000, told)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_readers_that_stop_reading_hold_up_nobody_and_take_no_memory() -> None:
-    """Fifty readers of an answer of 8 MB read nothing: neither its turn nor others notice, and it is kept once."""
+    """Fifty readers of an answer of 4 MB read nothing: nobody notices, and the answer is kept once."""
     start, rest = Wait(), Wait()
-    answer = ["x" * 400] * 20_000
-    agent = scripted([start, *answer[:1], rest, *answer[1:]], ["Quick."])
-    with serving(agent, database=":memory:") as client, contextlib.ExitStack() as stack:
-        with client.stream("POST", "/chatkit", json={"message": "Talk"}) as response:  # one leaves when it began
-            until(start.reached.is_set)
-            thread = int(response.headers["x-thread-id"])
-            for _ in range(50):
-                reader = stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port)))
-                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                reader.sendall(f"GET /api/conversations/{thread}/stream HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-                assert reader.recv(15) == b"HTTP/1.1 200 OK"
-            start.gate.set()
-            until(rest.reached.is_set)
-        before = memory_used()
+    agent = scripted([start, "x" * 400, rest, *["x" * 400] * 10_000], ["Quick."])
+    with answering(agent, start) as (client, answer), contextlib.ExitStack() as stack:
+        for _ in range(50):
+            address = (client.base_url.host, client.base_url.port)
+            reader = stack.enter_context(socket.create_connection(address))
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.sendall(b"GET /api/conversations/1/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert reader.recv(15) == b"HTTP/1.1 200 OK"
+        start.gate.set()
+        until(rest.reached.is_set)
+        before = used()["memory"]
         rest.gate.set()
-        until(lambda: client.messages(thread)[-1]["status"] == "done", 30)
-        assert len(client.messages(thread)[-1]["content"]) == 8_000_000
+        assert len(said(answer.result(30))) == 4_000_400
         assert said(client.send_message("Hello")) == "Quick."
-        # The answer, and this process's own look at it, come to some 150 MB; fifty copies would be 400 more.
-        assert memory_used() - before < 300e6
+        assert len(client.messages(1)[-1]["content"]) == 4_000_400
+        # The answer, and this process's own look at it, come to some 60 MB; fifty copies would be 200 more.
+        assert used()["memory"] - before < 150e6
 
 
-def statements() -> list[Any]:
-    """Each SQL statement that stands in the Store, under its method's name."""
-    methods = [node for node in ast.walk(ast.parse(inspect.getsource(ck.Store))) if hasattr(node, "decorator_list")]
-    return [
-        pytest.param(node.value, id=method.name)
-        for method in methods
-        if isinstance(method, ast.AsyncFunctionDef)
-        for node in ast.walk(method)
-        if isinstance(node, ast.Constant)
-        and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", str(node.value))
-        and method.name not in ("_prepare", "check")  # once at the start; one row
-    ]
+def statements() -> Iterator[tuple[str, str]]:
+    """Each SQL statement that stands in the Store, with its method's name."""
+    for method in ast.walk(ast.parse(inspect.getsource(ck.Store))):
+        if isinstance(method, ast.AsyncFunctionDef) and method.name != "check":  # which is in no hurry
+            texts = [str(node.value) for node in ast.walk(method) if isinstance(node, ast.Constant)]
+            sql = [text for text in texts if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)]
+            yield from ((method.name, re.sub(r":\w+|\?\d+", "?", text)) for text in sql)
 
 
-@pytest.mark.parametrize("sql", statements())
-def test_no_statement_goes_through_a_table(sql: str) -> None:
-    """By SQLite's own plans. What may be gone through, or sorted: ids that the statement was given, and search hits."""
+def test_no_statement_goes_through_a_table() -> None:
+    """By SQLite's own plans. What may be gone through, or sorted: ids that it was given, and search hits."""
+    slow, seen = [], 0
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript((HERE / "schema.sql").read_text(encoding="utf-8"))
-        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", [None] * sql.count("?"))]
-    assert not [step for step in plan if re.match(r"SCAN (?!.*VIRTUAL TABLE|wanted|found|hit|\(subquery)", step)]
-    if "_search" not in sql and "DISTINCT" not in sql:
-        assert not [step for step in plan if "TEMP B-TREE" in step]
+        for method, sql in statements():
+            seen += 1
+            for *_, step in db.execute(f"EXPLAIN QUERY PLAN {sql}", [None] * sql.count("?")):
+                scan = re.match(r"SCAN (?!.*VIRTUAL TABLE|wanted|found|hit|\(subquery)", step)
+                sort = "TEMP B-TREE" in step and not re.search("_search|DISTINCT", sql)
+                slow += [(method, step)] if scan or sort else []
+    assert not slow and seen > 20
 
 
 @pytest.mark.skipif(not TEST_ALL, reason="depends on what else the machine does: CHATKIT_TEST_ALL=1 runs it")
 def test_the_server_is_ready_as_soon_as_its_imports_are(tmp_path: Path) -> None:
-    ready, imports = [], []
-    for _ in range(5):
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import agents, fastapi, uvicorn"], check=True, env=CLEAN_ENV)
-        imports.append(time.monotonic() - began)
-        began = time.monotonic()
-        with Process("--model", "demo", cwd=tmp_path):
-            ready.append(time.monotonic() - began)
+    ready, imports = zip(*(seconds_until_ready(tmp_path, HERE) for _ in range(5)), strict=True)
     assert statistics.median(ready) < 1.15 * statistics.median(imports), (ready, imports)
 
 
-# ======================================================================================================== Benchmark
-# What `python test_chatkit_server.py` prints
+# ================================================================================================= Benchmark
+# What `python test_chatkit_server.py` prints; `--against PATH` puts another checkout of it beside this one.
 #
-# Each server is a process of its own, under uvicorn with uvloop and httptools, on a database in a temporary directory.
-# One more process is the client. All take turns, so that a busy machine troubles each of them alike.
-
-MARKS = {  # what each text event holds once, and nothing else does
-    "plain": b'data: {"type": "text"',
-    "chatkit": b'"assistant_message.content_part.text_delta"',
-}
-ROUNDS = 5
+# Each server is a process of its own with nothing in it but what it serves, on uvloop and httptools, on a
+# database in a temporary directory; this process is the client. All take turns, so that a busy machine
+# troubles each of them alike.
 
 
 class Typist(Model):
-    """Says what the last message asks for: "say 200 words 0.02 apart" is 200 deltas, that many seconds after each.
+    """Says what the last message asks for: "say 200 words 0.02 apart", the seconds after each delta.
 
-    With "as red" the words are red.0, red.1 and so on.
-
-    At 0 it lets others run after each delta, as one who reads from a network does. It streams the events that OpenAI's
-    models do, under an id of its own for each message, which the official SDK needs.
+    With "as red" the words are red.0, red.1 and so on. At 0 it lets others run after each delta, as one who
+    reads from a network does. The events are those of OpenAI's models, whose items have ids of their own.
     """
 
     async def get_response(self, *args: Any, **kwargs: Any) -> ModelResponse:
         raise AssertionError
 
-    async def stream_response(self, system_instructions: Any, input: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
-        asked = re.search(
-            r"say (\d+) words ([\d.]+) apart(?: as (\w+))?", str(input[-1:] if isinstance(input, list) else input)
-        )
-        assert asked is not None
-        count, pause, item_id = int(asked[1]), float(asked[2]), f"msg_{secrets.token_hex(8)}"
-        words = [f" {asked[3]}.{number}" if asked[3] else " word" for number in range(count)]
-        place: dict[str, Any] = {"item_id": item_id, "output_index": 0, "content_index": 0, "sequence_number": 0}
-        message = ResponseOutputMessage(id=item_id, type="message", role="assistant", status="in_progress", content=[])
-        part = ResponseOutputText(type="output_text", text="", annotations=[])
-        yield ResponseOutputItemAddedEvent(
-            type="response.output_item.added", item=message, output_index=0, sequence_number=0
-        )
-        yield ResponseContentPartAddedEvent(type="response.content_part.added", part=part, **place)
-        for word in words:
-            yield ResponseTextDeltaEvent(type="response.output_text.delta", delta=word, logprobs=[], **place)
-            await asyncio.sleep(pause)
-        part = ResponseOutputText(type="output_text", text="".join(words), annotations=[])
-        message = message.model_copy(update={"content": [part], "status": "completed"})
-        yield ResponseTextDoneEvent(type="response.output_text.done", text=part.text, logprobs=[], **place)
-        yield ResponseContentPartDoneEvent(type="response.content_part.done", part=part, **place)
-        yield ResponseOutputItemDoneEvent(
-            type="response.output_item.done", item=message, output_index=0, sequence_number=0
-        )
-        usage = ResponseUsage(
-            input_tokens=1,
-            output_tokens=count,
-            total_tokens=count + 1,
-            input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-        )
-        response = Response(
-            id="resp", created_at=0, model="typist", object="response", output=[message], tools=[],
-            tool_choice="auto", parallel_tool_calls=True, usage=usage,
-        )  # fmt: skip
-        yield ResponseCompletedEvent(type="response.completed", sequence_number=0, response=response)
+    async def stream_response(
+        self, system_instructions: Any, input: Any, *rest: Any, **more: Any
+    ) -> AsyncIterator[Any]:
+        last = str(input[-1:] if isinstance(input, list) else input)
+        count, pause, name = re.findall(r"say (\d+) words ([\d.]+) apart(?: as (\w+))?", last)[-1]
+        words = [f" {name}.{number}" if name else " word" for number in range(int(count))]
+        message = assistant_message("".join(words), item_id=f"msg_{secrets.token_hex(8)}")
+        async for event in ScriptedModel([[message]]).stream_response(None, "", *rest, **more):
+            if event.type != "response.output_text.delta":
+                yield event
+                continue
+            place = event.model_dump(exclude={"delta"})
+            for word in words:
+                yield ResponseTextDeltaEvent(delta=word, **place)
+                await asyncio.sleep(float(pause))
 
 
 def official_app(database: str) -> Any:
-    """The official SDK as its documentation sets it up: FastAPI, StreamingResponse, and a plain SQLite store."""
+    """The official SDK as its documentation sets it up, with a plain SQLite store."""
     from chatkit.agents import AgentContext, simple_to_agent_input, stream_agent_response
-    from chatkit.server import ChatKitServer, StreamingResult
+    from chatkit.server import ChatKitServer
     from chatkit.store import NotFoundError, Store
     from chatkit.types import Page, ThreadItem, ThreadMetadata
     from fastapi.responses import StreamingResponse
     from pydantic import TypeAdapter
 
-    item_type: TypeAdapter[Any] = TypeAdapter(ThreadItem)
+    item_type: Any = TypeAdapter(ThreadItem)
+    db = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    db.executescript(
+        """PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+           CREATE TABLE kept (id TEXT PRIMARY KEY, thread_id TEXT, data TEXT);
+           CREATE INDEX items_in_order ON kept (thread_id)"""
+    )
+
+    def keep(one: Any, thread_id: str | None = None) -> None:
+        db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (one.id, thread_id, one.model_dump_json()))
 
     class SqliteStore(Store):  # type: ignore[misc]  # no types where it is not installed
-        def __init__(self) -> None:
-            self.db = sqlite3.connect(database, isolation_level=None)
-            self.db.executescript(
-                """PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-                   CREATE TABLE threads (id TEXT PRIMARY KEY, data TEXT);
-                   CREATE TABLE items (id TEXT PRIMARY KEY, thread_id TEXT, data TEXT);
-                   CREATE INDEX items_in_order ON items (thread_id)"""
-            )
-
         async def load_thread(self, thread_id: str, context: Any) -> Any:
-            row = self.db.execute("SELECT data FROM threads WHERE id = ?", (thread_id,)).fetchone()
+            row = db.execute("SELECT data FROM kept WHERE id = ?", (thread_id,)).fetchone()
             if row is None:
                 raise NotFoundError
             return ThreadMetadata.model_validate_json(row[0])
 
         async def save_thread(self, thread: Any, context: Any) -> None:
-            self.db.execute("INSERT OR REPLACE INTO threads VALUES (?, ?)", (thread.id, thread.model_dump_json()))
+            keep(thread)
 
-        async def load_thread_items(self, thread_id: str, after: Any, limit: int, order: str, context: Any) -> Any:
-            direction = "DESC" if order == "desc" else "ASC"
-            rows = self.db.execute(
-                f"SELECT data FROM items WHERE thread_id = ? ORDER BY rowid {direction} LIMIT ?", (thread_id, limit)
-            )
-            return Page(data=[item_type.validate_json(row[0]) for row in rows])
+        async def load_thread_items(self, thread_id: str, after: Any, limit: int, order: str, _: Any) -> Any:
+            sql = f"SELECT data FROM kept WHERE thread_id = ? ORDER BY rowid {order} LIMIT ?"
+            return Page(data=[item_type.validate_json(row[0]) for row in db.execute(sql, (thread_id, limit))])
 
-        async def save_item(self, thread_id: str, item: Any, context: Any) -> None:
-            self.db.execute(
-                "INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (item.id, thread_id, item.model_dump_json())
-            )
+        async def add_thread_item(self, thread_id: str, item: Any, context: Any) -> None:
+            keep(item, thread_id)
 
-        add_thread_item = save_item
+        save_item = add_thread_item
 
-        async def unused(self, *_: Any, **__: Any) -> Any:
-            raise NotImplementedError
-
-        save_attachment = load_attachment = delete_attachment = unused
-        load_threads = load_item = delete_thread = delete_thread_item = unused
+    SqliteStore.__abstractmethods__ = frozenset()  # nobody asks for the rest
 
     class OfficialServer(ChatKitServer):  # type: ignore[misc]
         agent = Agent[Any](name="Typist", model=Typist())
@@ -6088,287 +6074,179 @@ def official_app(database: str) -> Any:
         async def respond(self, thread: Any, item: Any, context: Any) -> AsyncIterator[Any]:
             page = await self.store.load_thread_items(thread.id, None, 40, "desc", context)
             agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
-            run = Runner.run_streamed(self.agent, await simple_to_agent_input(page.data[::-1]), context=agent_context)
+            run = Runner.run_streamed(
+                self.agent, await simple_to_agent_input(page.data[::-1]), context=agent_context
+            )
             async for event in stream_agent_response(agent_context, run):
                 yield event
 
-    server, app = OfficialServer(SqliteStore()), FastAPI()
+    server, app = OfficialServer(cast(Any, SqliteStore)()), FastAPI()
 
     @app.post("/chatkit")
     async def post_chatkit(request: Request) -> Any:
-        result = await server.process(await request.body(), {})
-        assert isinstance(result, StreamingResult)
-        return StreamingResponse(result, media_type="text/event-stream")
+        stream: Any = await server.process(await request.body(), {})
+        return StreamingResponse(stream, media_type="text/event-stream")
 
     return app
 
 
-def memory_used() -> int:
-    """Bytes of RAM that this process has; where there is no /proc, the most that it ever had."""
-    statm = Path("/proc/self/statm")
+def used() -> dict[str, float]:
+    """Seconds of CPU and bytes of memory of this process; without /proc, the most that it ever had."""
+    memory, statm = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Path("/proc/self/statm")
     if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = int(statm.read_text().split()[1]) * resource.getpagesize()
+    return {"cpu": time.process_time(), "memory": memory}
 
 
 def serve_for_benchmark(kind: str, database: str) -> None:
-    """A server process: prints its port; GET /usage says what it has used so far."""
+    """A server process: prints its port, and for each line that it is given what it has used so far."""
     set_tracing_disabled(True)
-    settings = ck.Settings(database=database, max_concurrent_turns=2000)
-    typist = Agent[Any](name="Typist", model=Typist())
-    app = official_app(database) if kind == "official" else ck.create_app(typist, settings=settings)
-
-    @app.get("/usage")
-    async def get_usage() -> Any:
-        return {"cpu": time.process_time(), "memory": memory_used()}
-
-    listener = ck.listen("127.0.0.1", 0)
-    print(listener.getsockname()[1], flush=True)
-    if kind == "official":
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+    if kind == "official SDK":
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        port = listener.getsockname()[1]
+        config = uvicorn.Config(official_app(database), log_level="warning", access_log=False)
+        threading.Thread(target=uvicorn.Server(config).run, args=([listener],), daemon=True).start()
     else:
-        server = ck.make_server(app)
-        ck.spare_collector()
-        ck.run(ck.serve(server, app.state.chat, listener), server)
+        import chatkit_server  # this one, or the one to compare it with
+
+        typist = Agent[Any](name="Typist", model=Typist())
+        app = chatkit_server.create_app(typist, database=database, max_concurrent_turns=2000)
+        port = int(chatkit_server.serve_in_background(app).url.rpartition(":")[2])
+        gc.freeze()  # as `python chatkit_server.py` does
+        gc.set_threshold(10_000)
+    print(port, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(used()), flush=True)
 
 
-def new_loop() -> asyncio.AbstractEventLoop:
-    """An event loop as uvicorn would make it."""
-    return (uvicorn.Config("").get_loop_factory() or asyncio.new_event_loop)()
+SERVER_SCRIPT = """
+from __future__ import annotations
+import asyncio, gc, json, re, resource, secrets, socket, sqlite3, sys, threading, time
+from pathlib import Path
+from typing import Any, AsyncIterator
+import uvicorn
+from agents import Agent, Model, ModelResponse, Runner, set_tracing_disabled
+from agents.testing import ScriptedModel, assistant_message
+from fastapi import FastAPI
+from openai.types.responses import ResponseTextDeltaEvent
+from starlette.requests import Request
+"""
 
 
-def post(body: dict[str, Any]) -> str:
-    text = json.dumps(body)
-    return (
-        "POST /chatkit HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n{text}"
-    )
+class BareLoop:
+    """Nothing but the Agents SDK, in this process."""
 
+    name = "the loop"
 
-class Reader(asyncio.Protocol):
-    """One request of the client: counts the marks in the answer, and notes when the first came."""
-
-    def __init__(self, request: bytes, mark: bytes) -> None:
-        self.request = request
-        self.mark = mark
-        self.count = 0
-        self.head = self.tail = b""
-        self.first = 0.0
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: Any) -> None:
-        self.began = time.perf_counter()
-        transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        self.head = self.head or data[:15]
-        data = self.tail + data
-        found = data.count(self.mark)
-        self.tail = data[1 - len(self.mark) :]  # a mark may come in two pieces
-        if found:
-            self.first = self.first or time.perf_counter() - self.began
-            self.count += found
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.ended.set_result(None)
-
-
-async def load(port: int, request: str, mark: str, streams: int) -> dict[str, Any]:
-    """The same request `streams` times at once; what came of it."""
-    loop, readers = asyncio.get_running_loop(), []
-    began = time.perf_counter()
-    for _ in range(streams):
-        _, reader = await loop.create_connection(lambda: Reader(request.encode(), mark.encode()), "127.0.0.1", port)
-        readers.append(reader)
-    await asyncio.wait([reader.ended for reader in readers])
-    assert all(b" 200 " in reader.head for reader in readers), readers[0].head
-    seconds = time.perf_counter() - began
-    return {"count": sum(r.count for r in readers), "seconds": seconds, "first": [r.first for r in readers]}
-
-
-def client_for_benchmark() -> None:
-    """The client process: a line of JSON in, a line of JSON out."""
-    loop = new_loop()
-    for line in sys.stdin:
-        print(json.dumps(loop.run_until_complete(load(**json.loads(line)))), flush=True)
-
-
-class Contestant:
-    """A server process, or without a `kind` the bare loop in this process, and what was measured of it."""
-
-    def __init__(self, name: str, dialect: str = "", port: int = 0) -> None:
-        self.name = name
-        self.dialect = dialect
-        self.port = port
+    def __init__(self) -> None:
         self.figures: dict[str, list[float]] = {}
 
-    def note(self, what: str, value: float) -> None:
-        self.figures.setdefault(what, []).append(value)
+    def used(self) -> dict[str, float]:
+        return used()
+
+    async def answer(self, text: str) -> tuple[int, float]:
+        """How many words came, and the seconds after which the first one did."""
+        began, first, count = time.perf_counter(), 0.0, 0
+        run = Runner.run_streamed(Agent[Any](name="Typist", model=Typist()), text)
+        async for event in run.stream_events():
+            if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
+                first, count = first or time.perf_counter() - began, count + 1
+        return count, first
 
 
-class Benchmark:
-    """The processes, and the measurements with them."""
+class Served(BareLoop):
+    """A server process on a new database."""
 
-    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
-        self.directory = directory
-        self.stack = stack
-        self.client = self.start("client")
+    def __init__(
+        self, kind: str, dialect: str, directory: Path, stack: contextlib.ExitStack, module: Path = HERE
+    ) -> None:
+        super().__init__()
+        self.name = kind if kind == "official SDK" else f"{kind}, {dialect}"
+        self.plain = dialect == "plain"
+        parts = [inspect.getsource(part) for part in (Typist, official_app, used, serve_for_benchmark)]
+        code = "\n\n".join([SERVER_SCRIPT, *parts, "serve_for_benchmark(*sys.argv[1:])\n"])
+        command = [sys.executable, "-c", code, kind, str(directory / f"{secrets.token_hex(4)}.db")]
+        env = {**CLEAN_ENV, "PYTHONPATH": str(module)}
+        self.process: Any = subprocess.Popen(command, env=env, cwd=directory, text=True, **PIPES)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=CLEAN_ENV, cwd=self.directory,
-        )  # fmt: skip
-        self.stack.callback(process.wait)
-        self.stack.callback(process.kill)
-        return process
+    def used(self) -> dict[str, float]:
+        print(file=self.process.stdin, flush=True)
+        return cast(dict[str, float], json.loads(self.process.stdout.readline()))
 
-    def serve(self, kind: str, database: str) -> int:
-        """The port of a new server."""
-        process = self.start("serve", kind, database)
-        assert process.stdout is not None
-        return int(process.stdout.readline())
+    async def stream(self, text: str, mark: bytes = b"") -> tuple[bytes, float]:
+        """The whole answer to a message, and the seconds after which the mark was in it."""
+        chatkit = {"type": "threads.create", "params": {"input": user_input(text)}}
+        body = json.dumps({"message": text} if self.plain else chatkit)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        began, first, chunks = time.perf_counter(), 0.0, list[bytes]()
+        head = "POST /chatkit HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write((head + body).encode())
+        while data := (await reader.read(1 << 20)).replace(b": ", b":"):  # however the JSON is spaced
+            if not first and mark in data:
+                first = time.perf_counter() - began
+            chunks.append(data)
+        writer.close()
+        assert b" 200 " in chunks[0][:15], chunks[0]
+        return b"".join(chunks), first
 
-    def ask(self, port: int, request: str, mark: bytes = b"", streams: int = 1) -> dict[str, Any]:
-        assert self.client.stdin is not None
-        assert self.client.stdout is not None
-        task = {"port": port, "request": request, "mark": mark.decode(), "streams": streams}
-        print(json.dumps(task), file=self.client.stdin, flush=True)
-        return json.loads(self.client.stdout.readline())  # type: ignore[no-any-return]
+    async def answer(self, text: str) -> tuple[int, float]:
+        # What each text event holds once, and nothing else does.
+        mark = b'"type":"text"' if self.plain else b"assistant_message.content_part.text_delta"
+        raw, first = await self.stream(text, mark)
+        return raw.count(mark), first
 
-    def say(self, one: Contestant, words: int, pause: float, streams: int = 1) -> dict[str, Any]:
-        """The client's report of so many streams, with the CPU seconds that they took and the memory of each."""
+
+def measure(one: BareLoop, words: int, pause: float, streams: int = 1) -> dict[str, float]:
+    """What so many streams take: seconds, to the first word of one, of CPU; bytes of memory near the end."""
+
+    async def look() -> float:
+        await asyncio.sleep(words * pause * 0.9)
+        return (await asyncio.to_thread(one.used))["memory"]
+
+    async def all_at_once() -> tuple[list[tuple[int, float]], float]:
         text = f"say {words} words {pause} apart"
-        if not one.port:
-            return self.bare(text, words, streams)
-        body: dict[str, Any] = {"message": text}
-        if one.dialect == "chatkit":
-            body = {"type": "threads.create", "params": {"input": user_input(text)}}
-        before, memory = self.usage(one.port), [0.0]
-        sampler = threading.Timer(words * pause * 0.9, lambda: memory.append(self.usage(one.port)["memory"]))
-        if pause:
-            sampler.start()
-        report = self.ask(one.port, post(body), MARKS[one.dialect], streams)
-        sampler.cancel()
-        assert report["count"] == words * streams, f"{one.name}: {report['count']} of {words * streams} words"
-        report["cpu"] = self.usage(one.port)["cpu"] - before["cpu"]
-        report["memory"] = memory[-1] - before["memory"]
-        return report
+        looking = asyncio.create_task(look()) if pause else None
+        answers = await asyncio.gather(*(one.answer(text) for _ in range(streams)))
+        return answers, await looking if looking else 0.0
 
-    @staticmethod
-    def usage(port: int) -> dict[str, float]:
-        return httpx.get(f"http://127.0.0.1:{port}/usage").json()  # type: ignore[no-any-return]
-
-    @staticmethod
-    def bare(text: str, words: int, streams: int) -> dict[str, Any]:
-        """The same as say(), of nothing but the Agents SDK."""
-
-        async def one() -> float:
-            began, first, count = time.perf_counter(), 0.0, 0
-            run = Runner.run_streamed(Agent[Any](name="Typist", model=Typist()), text)
-            async for event in run.stream_events():
-                if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
-                    first, count = first or time.perf_counter() - began, count + 1
-            assert count == words
-            return first
-
-        async def all_at_once() -> list[float]:
-            return list(await asyncio.gather(*(one() for _ in range(streams))))
-
-        began, cpu = time.perf_counter(), time.process_time()
-        first = new_loop().run_until_complete(all_at_once())
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "cpu": time.process_time() - cpu, "first": first, "memory": 0.0}
+    before, began = one.used(), time.perf_counter()
+    loop = (uvicorn.Config("").get_loop_factory() or asyncio.new_event_loop)()  # as uvicorn would make it
+    answers, memory = loop.run_until_complete(all_at_once())
+    seconds, cpu = time.perf_counter() - began, one.used()["cpu"] - before["cpu"]
+    loop.close()
+    assert [count for count, _ in answers] == [words] * streams, one.name
+    return {"seconds": seconds, "first": answers[0][1], "cpu": cpu, "memory": memory - before["memory"]}
 
 
-def measure_speed(bench: Benchmark, contestants: list[Contestant]) -> None:
+def measure_speed(contestants: list[BareLoop], rounds: int) -> None:
     """Fill in the contestants' figures; each takes its turn in every round."""
     for one in contestants:
-        if one.port:
-            one.note("start", bench.usage(one.port)["memory"] / 1e6)
-            bench.say(one, 3, 0.0, 10)
-            one.note("memory", bench.say(one, 50, 0.02, 200)["memory"] / 200 / 1e3)
-    for number in range(ROUNDS + 1):
+        one.figures = {figure: [] for figure, *_ in TABLE}
+        if isinstance(one, Served):
+            one.figures["size"].append(one.used()["memory"] / 1e6)
+            measure(one, 3, 0.0, 10)
+            one.figures["stream"].append(measure(one, 150, 0.02, 200)["memory"] / 200 / 1e3)
+    for number in range(rounds + 1):
         for one in contestants:
-            single = bench.say(one, 4000, 0.0)
-            hundred = bench.say(one, 200, 0.0, 100)
-            first = [bench.say(one, 2, 0.02)["first"][0] for _ in range(10)]
-            if number == 0:
-                continue  # the first round warms up
-            one.note("single", 4000 / single["seconds"])
-            one.note("hundred", 20_000 / hundred["seconds"])
-            one.note("first", statistics.median(first) * 1e3)
-            if number % 2:
-                one.note("cpu", bench.say(one, 200, 0.02, 200)["cpu"] / 40_000 * 1e6)
+            figures = {
+                "single": 4000 / measure(one, 4000, 0.0)["seconds"],
+                "hundred": 20_000 / measure(one, 200, 0.0, 100)["seconds"],
+                "first": statistics.median(measure(one, 2, 0.02)["first"] for _ in range(10)) * 1e3,
+                "cpu": measure(one, 200, 0.02, 200)["cpu"] / 40_000 * 1e6,
+            }
+            for figure, value in figures.items() if number else ():  # the first round warms up
+                one.figures[figure].append(value)
 
 
-def make_database(path: Path, conversations: int, messages: int, strangers: int = 0) -> str:
-    """A file with that many conversations of the one user; all `messages` are in the first, one in each other.
-
-    Strangers have a hundred conversations each, with ten messages in each. Every message has `apples`, few `pears`.
-    """
-    count = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-    add = f"""{count} INSERT INTO messages (conversation_id, role, content)
-              SELECT {{}}, CASE i % 2 WHEN 1 THEN 'user' ELSE 'assistant' END,
-                     'Message ' || i || ' is about apples' || CASE WHEN i <= 5 THEN ' and pears' ELSE '' END FROM n"""
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -200000")
-        db.executescript((HERE / "schema.sql").read_text(encoding="utf-8"))
-        db.execute(f"PRAGMA user_version = {ck.SCHEMA_VERSION}")
-        begin = f"{count} INSERT INTO conversations (user_id, title) SELECT {{}}, 'Conversation ' || i FROM n"
-        db.execute(begin.format("'local'"), (conversations,))
-        db.execute(add.format("1"), (messages,))
-        db.execute(add.format("1 + i"), (conversations - 1,))
-        if strangers:
-            db.execute(begin.format("'stranger' || i / 100"), (strangers * 100,))
-            db.execute(add.format(f"{conversations} + 1 + i % {strangers * 100}"), (strangers * 1000,))
-        # A file that grew message by message has an index in few pieces; one that was filled at once, in many.
-        db.execute("INSERT INTO message_search (message_search) VALUES ('optimize')")
-        db.commit()
-    return str(path)
-
-
-def get(path: str) -> str:
-    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-
-
-SCALE_REQUESTS = {
-    "first event": post({"message": "say 1 words 0 apart", "thread_id": 1}),
-    "list of conversations": get("/api/conversations"),
-    "page of items": post({"type": "items.list", "params": {"thread_id": "1", "limit": 20, "order": "desc"}}),
-    "page of threads": post({"type": "threads.list", "params": {"limit": 20, "order": "desc"}}),
-    "search": get("/api/conversations?q=pears"),
-    "search, in every message": get("/api/conversations?q=apples"),
-}
-
-
-def measure_scale(bench: Benchmark) -> None:
-    """Print what the size of a file costs: milliseconds in a small one, and how many times that in large ones."""
-    sizes = {
-        "small": (100, 100, 0),
-        "100,000 in one": (100, 100_000, 0),
-        "100,000 of one user": (100_000, 100, 0),
-        "a million in the file": (100, 100, 1000),
-    }
-    ports = {}
-    for number, (name, size) in enumerate(sizes.items()):
-        ports[name] = bench.serve("ours", make_database(bench.directory / f"{number}.db", *size))
-    print(f"\n{'Milliseconds, and times that':28}" + "".join(f"{name:>24}" for name in sizes))
-    for what, request in SCALE_REQUESTS.items():
-        times: dict[str, list[float]] = {name: [] for name in sizes}
-        for _ in range(60):
-            for name, port in ports.items():
-                report = bench.ask(port, request, MARKS["plain"])
-                times[name].append((report["first"][0] or report["seconds"]) * 1e3)
-        small = statistics.median(times["small"][10:])
-        row = [f"{small:.2f} ms"] + [f"{statistics.median(times[name][10:]) / small:.2f} x" for name in [*sizes][1:]]
-        print(f"{what:28}" + "".join(f"{cell:>24}" for cell in row))
-
-
-def seconds_until_ready(directory: Path) -> tuple[float, float]:
+def seconds_until_ready(directory: Path, module: Path) -> tuple[float, float]:
     """Of the server, and of nothing but importing what it is built on."""
     began = time.perf_counter()
-    with Process("--model", "demo", cwd=directory):
+    with Process("--model", "demo", cwd=directory, module=module):
         ready = time.perf_counter() - began
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import agents, fastapi, uvicorn"], check=True, env=CLEAN_ENV)
@@ -6376,60 +6254,66 @@ def seconds_until_ready(directory: Path) -> tuple[float, float]:
 
 
 TABLE = [  # figure, how it is called, and what it should be against the official SDK
-    ("single", "tokens/s, one stream", "3.5 x"),
+    ("single", "tokens/s, one stream", "4 x, 0.75 of the loop"),
     ("hundred", "tokens/s, 100 streams", "3 x"),
     ("first", "ms to the first text", "0.35 x"),
-    ("cpu", "us CPU a token, 200 at 50/s", "0.45 x"),
-    ("start", "MB of memory at the start", ""),
-    ("memory", "kB of memory an open stream", ""),
+    ("cpu", "µs of CPU a token, 200 streams at 50 tokens/s", "0.5 x"),
+    ("size", "MB of memory at the start", ""),
+    ("stream", "kB of memory an open stream", ""),
 ]
 
 
-def print_table(contestants: list[Contestant]) -> None:
-    """Medians, and the least and the most of all rounds; `x` is our ChatKit dialect against the official SDK."""
-    print(f"\n{'':28}" + "".join(f"{one.name:>26}" for one in contestants) + f"{'x':>8}{'goal':>8}")
+def print_row(*cells: str) -> None:
+    """A row of a Markdown table, for the README."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_table(contestants: list[BareLoop]) -> None:
+    """Medians with the least and the most of all rounds, and what they are of the official SDK's."""
+    print_row("", *(one.name for one in contestants), "goal")
+    print_row(*["---"] * (2 + len(contestants)))
     for figure, label, goal in TABLE:
-        row = f"{label:28}"
-        medians = {}
+        all_values = {one.name: one.figures[figure] for one in contestants if one.figures[figure]}
+        medians = {name: statistics.median(values) for name, values in all_values.items()}
+        cells = []
         for one in contestants:
-            values = one.figures.get(figure)
-            if values:
-                medians[one.name] = statistics.median(values)
-                digits = 1 if medians[one.name] < 100 else 0
-                spread = f"({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-                row += f"{f'{medians[one.name]:,.{digits}f} {spread}':>26}"
-            else:
-                row += f"{'':26}"
-        if "official SDK" in medians:
-            row += f"{medians['ours, ChatKit'] / medians['official SDK']:8.2f}{goal:>8}"
-        print(row)
+            values, median = all_values.get(one.name, []), medians.get(one.name, 0.0)
+            digits = 1 if median < 100 else 0
+            cell = f"{median:,.{digits}f}" if values else ""
+            if len(values) > 1:
+                cell += f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+            if one.name.partition(",")[0] in ("ours", "against") and "official SDK" in medians:
+                cell += f" {median / medians['official SDK']:.2f} x"
+            if isinstance(one, Served) and figure == "single":
+                cell += f", {median / medians['the loop']:.2f} of the loop"
+            cells.append(cell)
+        print_row(label, *cells, goal)
 
 
 def main() -> None:
-    """Measure, and print the table. It takes less than five minutes, and leaves nothing behind."""
+    """Measure, and print the tables. It takes five minutes, and leaves nothing behind."""
+    parser = argparse.ArgumentParser(description="The benchmark of chatkit_server.py.")
+    add = parser.add_argument
+    add("--against", type=Path, metavar="PATH", help="a directory with another chatkit_server.py")
+    add("--rounds", type=int, default=5)
+    options = parser.parse_args()
     set_tracing_disabled(True)
+    gc.freeze()
+    modules = {"ours": HERE, **({"against": options.against.resolve()} if options.against else {})}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        directory = Path(name)
-        bench = Benchmark(directory, stack)
-        contestants = [Contestant("Agents SDK alone")]
+        directory, contestants = Path(name), [BareLoop()]
         if importlib.util.find_spec("chatkit"):
-            contestants.append(
-                Contestant("official SDK", "chatkit", bench.serve("official", str(directory / "sdk.db")))
-            )
-        for dialect, title in (("plain", "ours, plain"), ("chatkit", "ours, ChatKit")):
-            contestants.append(Contestant(title, dialect, bench.serve("ours", str(directory / f"{dialect}.db"))))
-        measure_speed(bench, contestants)
+            contestants.append(Served("official SDK", "chatkit", directory, stack))
+        for kind, module in modules.items():
+            contestants += [Served(kind, each, directory, stack, module) for each in ("plain", "chatkit")]
+        measure_speed(contestants, options.rounds)
         print_table(contestants)
-        measure_scale(bench)
-        times = [seconds_until_ready(directory) for _ in range(ROUNDS)]
-        ready, imports = (statistics.median(column) for column in zip(*times, strict=True))
-        print(f"\nReady after {ready:.2f} s: {ready / imports:.2f} x its imports alone (goal 1.15 x)")
+        for kind, module in modules.items():
+            times = [seconds_until_ready(directory, module) for _ in range(options.rounds)]
+            ready, imports = (statistics.median(column) for column in zip(*times, strict=True))
+            spread = f"({min(times)[0]:.2f} to {max(times)[0]:.2f})"
+            print(f"{kind}: ready after {ready:.2f} s {spread}, {ready / imports:.2f} x its imports alone")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        serve_for_benchmark(*sys.argv[2:])
-    elif sys.argv[1:2] == ["client"]:
-        client_for_benchmark()
-    else:
-        main()
+    main()
