@@ -26,24 +26,30 @@ A message travels like this:
                                  '-> event_stream -- encode --> server-sent events
                                      any number of readers      (plain or ChatKit)
 
-The sections:
+The sections. Each uses only what stands above it, and below it what is in brackets:
 
     Settings         what can be configured; the only place that reads the environment
-    Database         one SQLite file, and what stands or falls together in it; Old files brings it forward
+    Database         one SQLite file, and what stands or falls together in it (Old files)
     Store            all SQL, and nothing but SQL
-    Agent            what a tool, an action handler or a generator can do: TurnContext, which speaks in a Turn
-    Assistant        the to-do list's tools; Demo model, which needs no network; Models, choosing one by name
-    Items            how a row looks to the model, to ChatKit and in plain text; Files, what a person attaches
-    Turn             one answer being made: its life, its events, its rows; Saying, texts that grow
-    Answering        from a message to a run (Items); Run, what the Agents SDK reports becomes rows
-    Agents           who answers in an app: an Agent of the SDK's, a function or a generator (Models)
-    Requests         what is asked of a Chat, and how it is refused
-    Chat             beginning turns, and stopping them (Store, Agents, Turn, Answering)
-    Plain dialect    a turn's events as anyone can read them (Chat, Items)
-    ChatKit dialect  the same as the ChatKit protocol, and its sixteen operations (Chat, Items)
+    Old files        brings an older file forward (Agent)
+    Agent            what a tool, an action handler or a generator can do (Turn, Saying, Answering)
+    Assistant        the to-do list's tools
+    Demo model       a model that needs no network
+    Models           choosing one by name, and what its failures mean (Items, Requests)
+    Items            how a row looks to the model, to ChatKit and in plain text (Files)
+    Files            what a person attaches
+    Turn             one answer being made, its events and its rows (Saying, Answering, Run, Requests, Chat)
+    Saying           texts that grow, and what tools stream
+    Answering        from a message to a run (Run)
+    Run              what the Agents SDK reports becomes rows and events
+    Agents           who answers in an app: an Agent of the SDK's, a function or a generator
+    Requests         what is asked of a Chat, and how it is refused (Chat)
+    Chat             beginning turns, and stopping them
+    Plain dialect    a turn's events as anyone can read them
+    ChatKit dialect  the same as the ChatKit protocol, and its sixteen operations (HTTP)
     Who may call     tokens, origins, and bodies that are too long
     Bodies           what goes in and out, as /docs shows it
-    HTTP             the routes: each asks the Chat, and answers in a dialect
+    HTTP             the routes: each asks the Chat, and answers in a dialect (Page)
     App              create_app(): all of it together
     Page             the built-in web page, and one with OpenAI's component
     Start            main() and serve_in_background()
@@ -91,7 +97,7 @@ try:
         Agent, FunctionTool, InputGuardrailTripwireTriggered, MaxTurnsExceeded, Model, ModelBehaviorError,
         ModelProvider, ModelRefusalError, ModelResponse, ModelSettings, OpenAIChatCompletionsModel,
         OpenAIResponsesModel, OutputGuardrailTripwireTriggered, RunConfig, RunContextWrapper, RunHooks,
-        Runner, RunResultStreaming, RunState, StreamEvent, ToolErrorFormatterArgs,
+        Runner, RunResultStreaming, RunState, ToolErrorFormatterArgs,
         ToolInputGuardrailTripwireTriggered, ToolOutputGuardrailTripwireTriggered, Usage, function_tool,
         set_tracing_disabled,
     )  # fmt: skip
@@ -110,7 +116,7 @@ try:
         StringConstraints, Tag, TypeAdapter, ValidationError, ValidationInfo, create_model, field_validator,
         model_validator,
     )  # fmt: skip
-    from pydantic_core import from_json
+    from pydantic_core import from_json, to_jsonable_python
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
@@ -161,7 +167,9 @@ class Settings(BaseModel):
     model: str | None = None  # see Models for what the names mean
     models: dict[str, str] = Field({})  # what a message may ask for, and its model: names, or choice=name
     show_tools: Literal["full", "names", "none"] = "full"  # what readers see of tool calls
-    jwt_secret: str | None = Field(None, min_length=32, repr=False)  # also BETTER_AUTH_SECRET
+    jwt_secret: str | None = Field(
+        None, min_length=32, repr=False, description="32 characters or more, also as BETTER_AUTH_SECRET"
+    )
     jwt_audience: str | None = None
     jwt_issuer: str | None = None
     jwks_url: str | None = Field(None, pattern="^https?://")  # public keys, for EdDSA, ES256 and RS256 tokens
@@ -265,7 +273,7 @@ class Database:
     def __init__(self, path: str | Path = "chatkit.db") -> None:
         self.path = str(path)
         self.shared = False  # whether another server or Store had the file open when this one opened it
-        self.before_close: list[Callable[[], Awaitable[None]]] = []  # what still writes has its chance
+        self.before_close: set[Callable[[], Awaitable[None]]] = set()  # what still writes has its chance
         self._file = self.path if self.path == ":memory:" else os.path.abspath(path)  # wherever we go
         self._stat: os.stat_result | None = None  # of the open file: to notice when it is deleted under us
         self._claim: sqlite3.Connection | None = None
@@ -360,9 +368,8 @@ class Database:
 
     async def close(self) -> None:
         """Have everybody who writes here end, and close the file."""
-        callbacks, self.before_close = self.before_close, []
-        for end in callbacks:
-            await end()
+        while self.before_close:
+            await self.before_close.pop()()
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -865,28 +872,27 @@ UPGRADES = {3: items_pass_through}  # each with the version that it leads to
 MAX_DEPTH = 64  # of nested JSON, from whatever side: the stack has an end, and not the same for all encoders
 
 
-def json_copy(value: Any) -> Any:
-    """A value as JSON can carry it, objects of the ChatKit SDK included, half characters replaced.
+json_of_object = functools.partial(to_jsonable_python, by_alias=True, exclude_none=True)
 
-    Raises TypeError or ValueError for what is not JSON.
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_dumped)
+
+def json_copy(value: Any) -> Any:
+    """A value as JSON, ChatKit SDK objects too, half characters replaced. Raises TypeError or ValueError."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=json_of_object)
     copy = from_json(text.encode(errors="replace"))  # which itself refuses more than some 200 levels
     if depth(copy) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     return copy
 
 
-def _dumped(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
-    raise TypeError(f"{type(value).__name__} is not JSON")
-
-
 def depth(value: object) -> int:
     """How many lists and objects are in each other."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+    inner: Any = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, inner), default=0) if isinstance(value, (dict, list)) else 0
+
+
+def filled(**parts: Any) -> Row:
+    """An object of the parts that are not None."""
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -923,9 +929,8 @@ class Freeform(BaseModel):
     description: str | None = None
 
 
-QUESTIONS = TypeAdapter(
-    Annotated[list[Annotated[MultipleChoice | Freeform, Discriminator("type")]], Field(min_length=1)]
-)
+Question = Annotated[MultipleChoice | Freeform, Discriminator("type")]
+QUESTIONS = TypeAdapter(Annotated[list[Question], Field(min_length=1)])
 
 
 @dataclass
@@ -940,21 +945,17 @@ class Thread:
 
 @dataclass
 class TurnContext:
-    """What a tool gets: who asks, where, and how to reach them while it works.
-
-    A tool receives it inside the Agents SDK's wrapper:
+    """What a tool gets in the Agents SDK's wrapper: who asks, where, and how to reach them while it works.
 
         @function_tool
         async def whoami(wrapper: RunContextWrapper[TurnContext]) -> str:
             await wrapper.context.progress("Looking you up")
             return wrapper.context.user_id
 
-    The user's id comes from the request alone. Never make it an argument of a tool: the model must not
-    choose it.
+    The user's id is the request's. Never make it an argument of a tool: the model must not choose it.
 
-    `stream` and what follows it are as in the AgentContext of the official SDK, openai-chatkit: they take
-    its objects, or dicts of the same shape. All methods raise ValueError or TypeError for what cannot be
-    shown.
+    `stream` and what follows it are as in the AgentContext of the official SDK, openai-chatkit: they take its
+    objects, or dicts of the same shape. All methods raise ValueError or TypeError for what cannot be shown.
     """
 
     user_id: str
@@ -966,11 +967,12 @@ class TurnContext:
     request_context: Row = field(default_factory=dict)  # {"headers", "metadata"} of the request
     tool_choice: str | None = None  # what the person chose in the composer: a tool, or a mode
     client_tool_call: Any = None  # {"name", "arguments"}, set by a tool: as if it had returned client_tool()
-    _workflow: Row | None = field(default=None, repr=False)  # the one that is open, as a thread item
+    _workflow: Row = field(default_factory=dict, repr=False)  # the thread item of the one that is open
+    _showing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)  # it: tools run side by side
 
     async def progress(self, text: str, icon: str | None = None) -> None:
         """Say what the tool is doing. `icon` is one of ChatKit's names, such as "search". Not stored."""
-        await self.stream({"type": "progress_update", "text": str(text), **({"icon": icon} if icon else {})})
+        await self.stream(filled(type="progress_update", text=str(text), icon=icon))
 
     async def effect(self, name: str, data: Row | None = None) -> None:
         """Have the frontend do something, once: ChatKit calls its onEffect with name and data. Not stored."""
@@ -978,34 +980,33 @@ class TurnContext:
 
     async def notice(self, level: str, message: str, title: str | None = None) -> None:
         """Show a notice beside the conversation; `level` is info, warning or danger. Not stored."""
-        heading = {"title": title} if title else {}
-        await self.stream({"type": "notice", "level": level, "message": str(message), **heading})
+        await self.stream(filled(type="notice", level=level, message=str(message), title=title))
 
     async def say(self, text: str, annotations: Sequence[Any] = ()) -> int:
         """An assistant message; its item id comes back.
 
-        An annotation is {"type": "annotation", "source": {"type": "url", "file" or "entity", "title",
-        ...}, "index"?}, the index being the character of the text that it stands behind.
+        An annotation is {"type": "annotation", "source": {"type": "url", "file" or "entity", "title", ...},
+        "index"?}, the index being the character of the text that it stands behind.
         """
         return await say(self.turn, text, json_copy(list(annotations)))
 
     async def hidden(self, text: str) -> None:
-        """Context that the model is told from now on, and that nobody is shown."""
+        """Context for the model, which nobody is shown."""
         await self.turn.add_row("system", content=text)
 
     async def widget(self, root: Any, copy_text: str | None = None) -> int:
         """Show a widget and keep it; its item id comes back.
 
-        `root` is a dict, or an object of the ChatKit SDK's widget classes, whose type is Card, ListView or
-        Basic. `copy_text` is the same in words: what is copied, and what the model and plain readers are
-        given.
+        `root` is a Card, a ListView or a Basic, as a dict or an object of the ChatKit SDK. `copy_text` is the
+        same in words: what is copied, and what the model and plain readers are given.
         """
-        columns = {"content": copy_text or "", "item": widget_item(root, copy_text)}
+        item = widget_item(root, copy_text)
         self.turn.shown = True
-        return int((await self.turn.add_row("item", "thread.item.done", **columns))["id"])
+        row = await self.turn.add_row("item", "thread.item.done", content=copy_text, item=item)
+        return int(row["id"])
 
     async def replace_widget(self, item_id: int | str, root: Any, copy_text: str | None = None) -> None:
-        """Draw a widget of this conversation anew. Raises LookupError where there is none with that id."""
+        """Draw a widget anew. Raises LookupError where this conversation has none with that id."""
         row = await self.turn.find_row(item_id)
         if (row["item"] or {}).get("type") != "widget":
             raise LookupError(f"there is no widget {item_id} in this conversation")
@@ -1013,36 +1014,36 @@ class TurnContext:
         await self.turn.change_row(row["id"], "thread.item.replaced", content=copy_text, item=item)
 
     async def remove(self, item_id: int | str) -> None:
-        """Take an item of this conversation away. Raises LookupError where there is none with that id."""
+        """Take an item away. Raises LookupError where this conversation has none with that id."""
         await self.turn.remove_rows([(await self.turn.find_row(item_id))["id"]])
 
     async def update_thread(
         self, *, title: str | None = None, status: str | None = None, reason: str = "", metadata: Any = None
     ) -> None:
         """Rename the conversation; make it `active`, `locked` or `closed`; give it other metadata."""
-        if title is not None:
-            self.thread.title = title
-        if status is not None:
-            self.thread.status = {"type": status, **({"reason": reason} if reason else {})}
-        if metadata is not None:
-            self.thread.metadata = metadata
+        told = filled(type=status, reason=reason or None) if status else None
+        vars(self.thread).update(filled(title=title, status=told, metadata=metadata))
         await self.turn.keep_thread()
 
     async def answer(self) -> None:
         """For an action handler: have the agent speak now. Raises Refused while it is speaking already."""
-        await self.turn.answer_now()
+        turn = self.turn
+        if turn.chat.answering.get(self.conversation_id) is turn:
+            raise RuntimeError("answer() is for action handlers: the agent is speaking already")
+        turn.chat.enter(turn, turn.conversation)
+        await speak(turn)
 
     def client_tool(self, name: str, arguments: Row | None = None) -> ClientTool:
-        """`return ctx.client_tool("get_selection", {...})` from a tool has the frontend answer in its place.
+        """`return context.client_tool("get_selection", {...})` from a tool has the frontend do its work.
 
-        The turn ends; when the frontend has sent its result, the agent goes on with it as this call's result.
+        The turn ends; the agent goes on with what the frontend sends as this call's result.
         """
         return ClientTool(name, json_copy(arguments or {}))
 
     def ask(self, inputs: list[Row]) -> Questions:
-        """`return ctx.ask([...])` from a tool asks the person; the agent goes on with what they answer.
+        """`return context.ask([...])` from a tool asks the person; the agent goes on with what they answer.
 
-        Each question is {"type": "multiple_choice", "id", "question", "options": [{"value"}], "multiple"}
+        A question is {"type": "multiple_choice", "id", "question", "options": [{"value"}], "multiple"}
         or {"type": "freeform", "id", "question", "description"?}. Raises ValueError for any other.
         """
         questions = QUESTIONS.dump_python(QUESTIONS.validate_python(json_copy(inputs)), exclude_none=True)
@@ -1055,81 +1056,69 @@ class TurnContext:
     async def stream(self, event: Any) -> None:
         """Any event of the ChatKit protocol, or one of ours such as {"type": "thinking", "content": "..."}.
 
-        Its item is stored, and the id that the caller made up for it stands for the row's in all that
-        follows.
+        An item is stored; an id that was made up for it stands for the row's in all that follows.
         """
         await take(self.turn, json_copy(event))
 
     async def stream_widget(self, widget: Any, copy_text: str | None = None) -> None:
         """Show a widget; or one that grows, where `widget` is an async generator of its states."""
-        item = {"id": self.generate_id("widget"), "type": "widget"}
-        last: Row | None = None
-        if hasattr(widget, "__aiter__"):
-            async for state in widget:
-                root = widget_item(state, copy_text)["widget"]
-                if last is None:
-                    await self.stream({"type": "thread.item.added", "item": {**item, "widget": root}})
-                else:
-                    for update in widget_updates(last, root):
-                        await self.stream(
-                            {"type": "thread.item.updated", "item_id": item["id"], "update": update}
-                        )
-                last = root
-            if last is None:
-                return
-        await self.stream(
-            {"type": "thread.item.done", "item": {**item, **widget_item(last or widget, copy_text)}}
-        )
+        if not hasattr(widget, "__aiter__"):
+            return await self.stream({"type": "item", "item": widget_item(widget, copy_text)})
+        made_up, item = self.generate_id("widget"), Row()
+        async for state in widget:
+            before, item = item, {"id": made_up, **widget_item(state, copy_text)}
+            if not before:
+                await self.stream({"type": "thread.item.added", "item": item})
+            for update in widget_updates(before["widget"], item["widget"]) if before else ():
+                await self.stream({"type": "thread.item.updated", "item_id": made_up, "update": update})
+        if item:
+            await self.stream({"type": "thread.item.done", "item": item})
 
     def generate_id(self, kind: str = "item", thread: Any = None) -> str:
         """An id to stream an item under; it may be forgotten once the item is done."""
         return f"{kind}_{secrets.token_hex(8)}"
 
     async def start_workflow(self, workflow: Any) -> None:
-        """Begin to show steps of work: {"type": "custom" or "reasoning", "tasks": [...], "summary"?,
-        "expanded"?}.
+        """Begin to show steps of work; they appear with the first task, those of a reasoning at once.
 
-        It appears with its first task; a reasoning one at once.
+        It is {"type": "custom" or "reasoning", "tasks": [...], "summary"?, "expanded"?}.
         """
         content = {"type": "custom", "tasks": [], "expanded": False, **json_copy(workflow)}
         self._workflow = {"id": self.generate_id("workflow"), "type": "workflow", "workflow": content}
-        if content["tasks"] or content["type"] == "reasoning":
-            await self.stream({"type": "thread.item.added", "item": self._workflow})
+        await self._show_workflow("added", 0)
 
     async def add_workflow_task(self, task: Any) -> None:
         """One more step, such as {"type": "custom", "title": "...", "status_indicator": "loading"}."""
-        if self._workflow is None:
+        if not self._workflow:
             await self.start_workflow({})
-        item = cast(Row, self._workflow)
-        tasks = item["workflow"]["tasks"]
+        tasks = self._workflow["workflow"]["tasks"]
         tasks.append(json_copy(task))
-        if item["workflow"]["type"] != "reasoning" and len(tasks) == 1:
-            await self.stream({"type": "thread.item.added", "item": item})
-        else:
-            await self._update_workflow("added", item, len(tasks) - 1)
+        await self._show_workflow("added", len(tasks) - 1)
 
     async def update_workflow_task(self, task: Any, task_index: int) -> None:
         """A step that changed. Raises LookupError where there is no such step."""
-        item = self._workflow
-        if item is None or not 0 <= task_index < len(item["workflow"]["tasks"]):
+        tasks = self._workflow["workflow"]["tasks"] if self._workflow else []
+        if not 0 <= task_index < len(tasks):
             raise LookupError(f"no workflow is open that has a task {task_index}")
-        item["workflow"]["tasks"][task_index] = json_copy(task)
-        await self._update_workflow("updated", item, task_index)
-
-    async def _update_workflow(self, change: str, item: Row, index: int) -> None:
-        update = {
-            "type": f"workflow.task.{change}",
-            "task_index": index,
-            "task": item["workflow"]["tasks"][index],
-        }
-        await self.stream({"type": "thread.item.updated", "item_id": item["id"], "update": update})
+        tasks[task_index] = json_copy(task)
+        await self._show_workflow("updated", task_index)
 
     async def end_workflow(self, summary: Any = None, expanded: bool = False) -> None:
         """Close the workflow, with {"title", "icon"?} or {"duration": seconds} for its summary line."""
-        item, self._workflow = self._workflow, None
-        if item is not None and (item["workflow"]["tasks"] or item["workflow"]["type"] == "reasoning"):
-            item["workflow"] |= {"expanded": expanded, **({"summary": json_copy(summary)} if summary else {})}
+        item, self._workflow = self._workflow, {}
+        if item and item["id"] in self.turn.names:
+            item["workflow"] |= filled(expanded=expanded, summary=json_copy(summary))
             await self.stream({"type": "thread.item.done", "item": item})
+
+    async def _show_workflow(self, change: str, index: int) -> None:
+        """A step that was added or updated; the first shows the workflow."""
+        item, content = self._workflow, self._workflow["workflow"]
+        async with self._showing:
+            if row_id := self.turn.names.get(item["id"]):
+                task = content["tasks"][index]
+                self.turn.update(row_id, f"workflow.task.{change}", task_index=index, task=task)
+            elif content["tasks"] or content["type"] == "reasoning":
+                await self.stream({"type": "thread.item.added", "item": item})
 
 
 def widget_item(root: Any, copy_text: str | None) -> Row:
@@ -1137,7 +1126,7 @@ def widget_item(root: Any, copy_text: str | None) -> Row:
     root = json_copy(root)
     if not isinstance(root, dict) or root.get("type") not in ("Card", "ListView", "Basic"):
         raise ValueError("a widget's root is a Card, a ListView or a Basic")
-    return {"type": "widget", "widget": root, **({"copy_text": copy_text} if copy_text else {})}
+    return filled(type="widget", widget=root, copy_text=copy_text or None)
 
 
 def widget_updates(before: Row, after: Row) -> list[Row]:
@@ -1149,18 +1138,17 @@ def widget_updates(before: Row, after: Row) -> list[Row]:
             return len(old) == len(new) and all(map(only_grew, old, new))
         if not isinstance(old, dict) or not isinstance(new, dict):
             return bool(old == new)
-        growing = new.get("type") in ("Text", "Markdown") and "id" in new
-        before, now = str(old.get("value", "")), str(new.get("value", ""))
-        if (
-            growing
-            and (before, old.get("streaming")) != (now, new.get("streaming"))
-            and now.startswith(before)
-        ):
-            delta = {"component_id": new["id"], "delta": now[len(before) :], "done": not new.get("streaming")}
-            deltas.append({"type": "widget.streaming_text.value_delta", **delta})
-            old = {**old, "value": new.get("value"), "streaming": new.get("streaming")}
-            new = {"streaming": None, **new}
-        return old.keys() == new.keys() and all(only_grew(old[name], new[name]) for name in old)
+        names = old.keys() | new.keys()
+        if new.get("type") in ("Text", "Markdown") and "id" in new:
+            was, now = (str(each.get("value", "")) for each in (old, new))
+            done = not new.get("streaming")
+            if not now.startswith(was):
+                return False
+            if now != was or done == bool(old.get("streaming")):
+                delta = {"component_id": new["id"], "delta": now[len(was) :], "done": done}
+                deltas.append({"type": "widget.streaming_text.value_delta", **delta})
+            names -= {"value", "streaming"}
+        return all(only_grew(old.get(name), new.get(name)) for name in names)
 
     return deltas if only_grew(before, after) else [{"type": "widget.root.updated", "widget": after}]
 
@@ -1472,16 +1460,24 @@ class Models(ModelProvider):
             self.default = "gemini/" + settings.gemini_model.split("/")[-1]
         else:
             self.default = "demo"
+        # The models that a message may ask for, by the names that it has for them.
+        self.choices = {self.default: self.default, **settings.models}
 
-    @property
-    def choices(self) -> dict[str, str]:
-        """The models that a message may ask for, by the names that it has for them."""
-        return {self.default: self.default, **self.settings.models}
+    def name_of(self, model: str | Model | None) -> str:
+        """A model's name, as people may see it."""
+        if isinstance(model, Model):
+            return str(getattr(model, "model", "") or type(model).__name__)
+        return (model or self.default).removeprefix("litellm/")
 
-    def get_model(self, model_name: str | None) -> Model:
+    def get_model(self, model_name: str | Model | None) -> Model:
         """Raises SettingsError where it cannot work: the text says which variable to set, or another name."""
-        name = (model_name or self.default).removeprefix("litellm/")
+        if isinstance(model_name, Model):
+            return model_name
+        name = self.name_of(model_name)
         if name not in self._models:
+            if name == "demo" and not self.settings.model:
+                variables = "OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL"
+                log.info("The demo model answers; for a real one set %s and start again.", variables)
             make = self._litellm_model if "/" in name else self._openai_model
             self._models[name] = DemoModel() if name == "demo" else make(name)
         return self._models[name]
@@ -1581,7 +1577,8 @@ class EmptyAnswer(Exception):
 
 # Why an answer failed, by its code: what a person is told, and where to try again is not worth it.
 REASONS = {
-    "timeout": "The model took too long to answer.",
+    "timeout": "The answer took too long.",
+    "shutdown": "The server is being stopped. What was said so far is kept.",
     "key_rejected": "The model's provider rejected the API key.",
     "rate_limited": "The model's provider says: too many requests, or no credit left. Try again later.",
     "model_not_found": "The model's provider does not know this model. Check the model's name.",
@@ -1594,25 +1591,19 @@ REASONS = {
     "empty": "The model gave no answer.",
     "internal": "Something went wrong while answering.",
 }
-FINAL = {"key_rejected", "model_not_found", "refused", "guardrail", "refusal"}
+FINAL = {"key_rejected", "model_not_found", "refused", "unreadable_file", "guardrail", "refusal"}
 BY_STATUS = {401: "key_rejected", 402: "rate_limited", 403: "key_rejected", 404: "model_not_found"}
 BY_STATUS |= {408: "timeout", 409: "unreachable", 429: "rate_limited"}
-BY_CLASS: dict[type[BaseException], str] = {  # the first that fits counts
-    openai.APITimeoutError: "timeout",
-    ModelTimeoutError: "timeout",
-    asyncio.TimeoutError: "timeout",
-    TimeoutError: "timeout",
-    MaxTurnsExceeded: "too_many_steps",
-    InputGuardrailTripwireTriggered: "guardrail",
-    OutputGuardrailTripwireTriggered: "guardrail",
-    ToolInputGuardrailTripwireTriggered: "guardrail",
-    ToolOutputGuardrailTripwireTriggered: "guardrail",
-    ModelRefusalError: "refusal",
-    ModelBehaviorError: "bad_answer",
-    json.JSONDecodeError: "bad_answer",
-    EmptyAnswer: "empty",
-    openai.APIError: "unreachable",
-    ConnectionError: "unreachable",
+MODEL_GUARDRAILS = (InputGuardrailTripwireTriggered, OutputGuardrailTripwireTriggered)
+TOOL_GUARDRAILS = (ToolInputGuardrailTripwireTriggered, ToolOutputGuardrailTripwireTriggered)
+BY_CLASS: dict[str, tuple[type[BaseException], ...]] = {  # the first that fits counts
+    "timeout": (openai.APITimeoutError, ModelTimeoutError, asyncio.TimeoutError, TimeoutError),
+    "too_many_steps": (MaxTurnsExceeded,),
+    "guardrail": (*MODEL_GUARDRAILS, *TOOL_GUARDRAILS),
+    "refusal": (ModelRefusalError,),
+    "bad_answer": (ModelBehaviorError, json.JSONDecodeError),
+    "empty": (EmptyAnswer,),
+    "unreachable": (openai.APIError, ConnectionError),
 }
 
 
@@ -1624,7 +1615,7 @@ def explain(error: BaseException) -> Row:
     error = getattr(error, "original_exception", None) or error  # what LiteLLM has wrapped in one of its own
     if isinstance(error, (Refused, UnreadableFile, SettingsError)):
         code = "unreadable_file" if isinstance(error, UnreadableFile) else "refused"
-        return reason_json(code, str(error), allow_retry=False)
+        return reason_json(code, str(error))
     if isinstance(error, (sqlite3.Error, StoreError)):
         return reason_json("storage", storage_text(error))
     status = _http_status(error)
@@ -1633,8 +1624,12 @@ def explain(error: BaseException) -> Row:
     elif status or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
         code = "unreachable"
     else:
-        code = next((code for kind, code in BY_CLASS.items() if isinstance(error, kind)), "internal")
-    return reason_json(code, REASONS[code], allow_retry=code not in FINAL)
+        code = next((code for code, kinds in BY_CLASS.items() if isinstance(error, kinds)), "internal")
+    return reason_json(code)
+
+
+def reason_json(code: str, message: str | None = None) -> Row:
+    return {"code": code, "message": message or REASONS[code], "allow_retry": code not in FINAL}
 
 
 def _http_status(error: BaseException | None) -> int:
@@ -2019,37 +2014,16 @@ SAVE_EVERY = 0.4  # seconds that text may be on a screen and not yet in the file
 STOP_WITHIN = 1.0  # seconds that a stopped model or tool has to let go
 ITEM_EVENTS = ("thread.item.added", "thread.item.done", "thread.item.replaced")
 STOPPED = "The person stopped the answer above before it was complete. Do not go on with it unless they ask."
+# What becomes of rows that were growing in a turn that was stopped, by its reason.
+ENDINGS = {"cancelled": "cancelled", "deleted": "cancelled", "timeout": "failed", "shutdown": "interrupted"}
 
 
-class Ending(NamedTuple):
-    """How a turn ends: the status that readers are told, that of rows which were growing, and why."""
-
-    status: str
-    row_status: str
-    error: Row | None = None
-
-
-def reason_json(code: str, message: str, allow_retry: bool = True) -> Row:
-    """Why an answer failed, in words that are safe to show."""
-    return {"code": code, "message": message, "allow_retry": allow_retry}
-
-
-SHUTDOWN = "The server is being stopped. What was said so far is kept."
-ENDINGS = {
-    "completed": Ending("completed", "done"),
-    "cancelled": Ending("cancelled", "cancelled"),
-    "deleted": Ending("cancelled", "cancelled"),
-    "timeout": Ending("failed", "failed", reason_json("timeout", "The answer took too long.")),
-    "shutdown": Ending("failed", "interrupted", reason_json("shutdown", SHUTDOWN)),
-}
-
-
-async def patiently(write: Callable[[], Awaitable[T]]) -> T:
+async def patiently(write: Callable[..., Awaitable[T]], *values: Any, **columns: Any) -> T:
     """A write that must not be lost: another program's lock is waited out for up to half a minute."""
     deadline = time.monotonic() + 30
     while True:
         try:
-            return await write()
+            return await write(*values, **columns)
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
@@ -2058,49 +2032,45 @@ async def patiently(write: Callable[[], Awaitable[T]]) -> T:
 
 
 class Turn:
-    """One answer being made, in a task of its own; it goes on whether anybody follows or not.
-
-    `events` is what happened so far, and grows until `phase` is "over".
-    """
+    """One answer being made, in a task of its own; it goes on whether anybody follows or not."""
 
     def __init__(self, chat: Chat, caller: Caller) -> None:
         self.chat = chat
         self.caller = caller
         self.id = secrets.token_hex(4)
         self.user_id = caller.user_id
-        self.phase: Literal["new", "working", "ending", "over"] = "new"
+        self.phase: Literal["working", "ending", "over"] = "working"
         self.reason: str | None = None  # a key of ENDINGS, where it was stopped
-        self.events: list[Event] = []
-        self.conversation: Row | None = None
-        self.user_message: Row | None = None  # what it answers
-        self.is_first = False  # nothing that was asked before can still wait for the person
-        self.model: str | None = None  # what that message asked for; None is the default
+        self.events: list[Event] = []  # what happened so far; they end when `phase` is "over"
+        self.news = asyncio.Event()  # set to have everybody who waits for events look again
+        self.conversation: Row = {}
+        self.conversation_id = 0  # until it has entered one
+        self.user_message: Row = {}  # what it answers, if it is a message
+        self.model: str | None = None  # that the message asked for; None is the agent's own
         self.run: Run | None = None
         self.agent_name: str | None = None  # who had the last word, where it is not the first agent
         self.last_message_id: int | None = None
         self.draft: Draft | None = None  # what the model is saying
-        self.calls: dict[str, Row] = {}  # tool rows without a result, by call id
-        self.row_ids: list[int] = []  # of all that this turn stored
+        self.calls: dict[str, Row] = {}  # rows of what the model began and did not end, by call or item id
+        self.row_ids: list[int] = []  # of the message, and of all that this turn stored
         self.names: dict[str, int] = {}  # the rows of items, by the ids that those who streamed them made up
         self.shown = False  # something other than the model's text was
         self._task: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
 
     def enter(self, conversation: Row) -> None:
         """The conversation that it is in, known before anything else can happen."""
-        self.conversation = conversation
-        self.conversation_id: int = conversation["id"]
+        self.conversation, caller = conversation, self.caller
+        self.conversation_id = conversation["id"]
         self.agent_name = conversation["agent"]
-        thread, store = thread_of(conversation), self.chat.store
-        self.context = TurnContext(self.user_id, conversation["id"], thread, store, self)
-        self.context.locale, self.context.request_context = self.caller.locale, self.caller.request_context
+        place = (self.user_id, self.conversation_id, thread_of(conversation), self.chat.store)
+        self.context = TurnContext(*place, self, caller.locale, caller.request_context)
         self.emit({"type": "thread", "thread_id": self.conversation_id, "title": conversation["title"]})
 
     # ---- events and those who follow them
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
-        self._news.set()
+        self.news.set()
 
     def show(self, change: str, row: Row) -> None:
         """Tell of a stored item; `change` is one of ITEM_EVENTS."""
@@ -2113,12 +2083,8 @@ class Turn:
     async def wait_beyond(self, seen: int) -> None:
         """Return when there may be more than `seen` events, or it is over; sometimes for nothing."""
         if len(self.events) <= seen and self.phase != "over":
-            self._news.clear()
-            await self._news.wait()
-
-    def wake(self) -> None:
-        """Have everybody who waits look again."""
-        self._news.set()
+            self.news.clear()
+            await self.news.wait()
 
     # ---- its life
 
@@ -2128,17 +2094,14 @@ class Turn:
 
     def stop(self, reason: str) -> None:
         """Have it end soon, with what it has; `reason` is one of ENDINGS. The first reason counts."""
-        if self.reason or self.phase in ("ending", "over"):
+        if self.reason or self.phase != "working":
             return
-        self.reason = reason
-        if self.run is not None and self.run.result is not None:
+        self.reason, task = reason, self._task
+        if self.run is not None:
             self.run.result.cancel()  # closes the model's connection; stream_events() ends without an error
-        if self._task is not None:
-            asyncio.get_running_loop().call_later(STOP_WITHIN, self._insist)
-
-    def _insist(self) -> None:
-        if self.phase in ("new", "working") and self._task is not None:
-            self._task.cancel()
+        if task is not None:
+            loop = asyncio.get_running_loop()
+            loop.call_later(STOP_WITHIN, lambda: self.phase == "working" and task.cancel())
 
     async def wait(self) -> None:
         """Until it has ended."""
@@ -2150,110 +2113,91 @@ class Turn:
         timer = asyncio.get_running_loop().call_later(self.chat.settings.turn_timeout, self.stop, "timeout")
         try:
             if self.reason is None:
-                self.phase = "working"
                 await work()
                 await self.keep_thread()
         except asyncio.CancelledError:
             self.reason = self.reason or "shutdown"  # the event loop itself is closing
-        except (Exception, SystemExit) as error:
-            failure = error
+        except (Exception, SystemExit) as raised:
+            failure = raised
         self.phase = "ending"
         timer.cancel()
         try:
-            ending = await self._put_away(failure)
-        except (sqlite3.Error, StoreError) as error:
-            self.chat.log_failure(f"thread {self.conversation_id}: the answer could not be saved", error)
-            ending = Ending("failed", "failed", explain(error))
+            error = await self._put_away(failure)
+        except Exception as unsaved:  # readers must not wait for ever, whatever happened
+            self.chat.log_failure(f"thread {self.conversation_id}: the answer could not be saved", unsaved)
+            error = explain(unsaved)
         # From here to the end nothing waits: whoever reads `done` can send the next message at once.
         self.chat.forget(self)
-        if ending.error is not None:
-            self.emit({"type": "error", **ending.error})
-        usage = self.run.result.context_wrapper.usage if self.run and self.run.result else Usage()
+        if error is not None:
+            self.emit({"type": "error", **error})
+        status = "failed" if error else "cancelled" if self.reason else "completed"
+        usage = self.run.result.context_wrapper.usage if self.run else Usage()
         tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        done = {"type": "done", "status": ending.status, "thread_id": self.conversation_id}
+        done = {"type": "done", "status": status, "thread_id": self.conversation_id}
         self.emit({**done, "message_id": self.last_message_id, "usage": tokens})
         self.phase = "over"
-        self.wake()
-        log.info(
-            "turn user=%s thread=%d model=%s in=%d out=%d %.2fs %s",
-            printable(self.user_id),
-            self.conversation_id,
-            self.model or self.chat.agents.model_name,
-            *tokens.values(),
-            time.monotonic() - began,
-            ending.status if ending.error is None else f"{ending.status} ({ending.error['code']})",
-        )
+        how = f"{status} ({error['code']})" if error else status
+        model, seconds = self.model or self.chat.agents.model_name, time.monotonic() - began
+        facts = (printable(self.user_id), self.conversation_id, model, *tokens.values(), seconds, how)
+        log.info("turn user=%s thread=%d model=%s in=%d out=%d %.2fs %s", *facts)
 
-    async def _put_away(self, failure: BaseException | None) -> Ending:
-        """Leave nothing half-written: what was growing, tools that ran, the reason, who spoke last."""
-        ending = ENDINGS[self.reason or "completed"]
-        if failure is not None and self.reason is None:
-            ending = await self._explain(failure)
+    async def _put_away(self, failure: BaseException | None) -> Row | None:
+        """Leave nothing half-written: what was growing, tools that ran. Returns why it failed."""
+        status, error = ENDINGS.get(self.reason or "", "done"), None
+        if self.reason in REASONS:
+            error = reason_json(self.reason)
+        elif failure is not None and self.reason is None:
+            status = "blocked" if isinstance(failure, InputGuardrailTripwireTriggered) else "failed"
+            error = await self._explain(failure)
         store, user_id = self.chat.store, self.user_id
         if self.reason == "deleted":
-            return ending
+            return error
         if self.draft is not None:
-            await self.draft.close(ending.row_status)
-        if ending.status != "completed":
+            await self.draft.close(status)
+        if status != "done":
             unfinished = {row["id"] for row in self.calls.values()} | set(self.names.values())
-            ids = ([self.user_message["id"]] if self.user_message else []) + self.row_ids
-            end = functools.partial(store.end_messages, user_id, ids, ending.row_status, ending.error)
-            for row in await patiently(end):
+            for row in await patiently(store.end_messages, user_id, self.row_ids, status, error):
                 if row["id"] in unfinished:
                     self.show("thread.item.done", row)
         if self.reason == "cancelled" and (self.user_message or self.run):  # an action is no answer
             await self.add_row("system", content=STOPPED)
-        if self.conversation and self.agent_name != self.conversation["agent"]:
+        if self.agent_name != self.conversation["agent"]:
             await store.update_conversation(user_id, self.conversation_id, agent=self.agent_name)
-        return ending
+        return error
 
-    async def _explain(self, failure: BaseException) -> Ending:
+    async def _explain(self, failure: BaseException) -> Row:
         """What a failure means for the person, and for what was said before it."""
         self.chat.log_failure(f"thread {self.conversation_id}: the turn failed", failure)
-        reason, message = explain(failure), self.user_message
-        item = (message or {}).get("item") or {}
-        if message and reason["code"] == "refused" and item.get("attachments"):
-            reason["message"] = "The model's provider refused the request, perhaps for the attached files."
-            item = {**item, "unread": True}  # so that the next message is not refused for them too
+        error, message = explain(failure), self.user_message
+        item = message.get("item") or {}
+        if error["code"] == "refused" and item.get("attachments"):
+            error["message"] = "The model's provider refused the request, perhaps for the attached files."
+            item["unread"] = True  # so that the next message is not refused for them too
             await self.chat.store.update_message(self.user_id, message["id"], item=item)
         if isinstance(failure, OutputGuardrailTripwireTriggered) and self.run is not None:
             self.draft = None
             await self.remove_rows(self.run.final_rows)
-        blocked = isinstance(failure, InputGuardrailTripwireTriggered)
-        return Ending("failed", "blocked" if blocked else "failed", reason)
+        return error
 
     # ---- what it is for
 
     def answer(self, user_message: Row, *, is_first: bool) -> None:
-        """Begin to have the agent answer a message."""
-        self.user_message, self.is_first = user_message, is_first
+        """Begin to have the agent answer a message; before an `is_first`, nothing can wait for the person."""
+        self.user_message, self.row_ids = user_message, [user_message["id"]]
         self.take_choices(user_message)
-        self.start(functools.partial(speak, self))
+        self.start(functools.partial(speak, self, is_first=is_first))
 
-    def take_choices(self, user_message: Row) -> None:
+    def take_choices(self, user_message: Row | None) -> None:
         """The model, and the tool or mode, that were chosen for a message."""
-        options = (user_message["item"] or {}).get("inference_options") or {}
-        self.model = options.get("model")
+        options = ((user_message or {}).get("item") or {}).get("inference_options") or {}
+        self.model = self.chat.models.choices.get(options.get("model") or "")
         self.context.tool_choice = (options.get("tool_choice") or {}).get("id")
-
-    async def answer_now(self) -> None:
-        """Have the agent speak in this turn, an action's. Raises Refused while it is speaking already."""
-        if self.chat.answering.get(self.conversation_id) is self:
-            raise RuntimeError("answer() is for action handlers: the agent is speaking already")
-        self.chat.enter(self, cast(Row, self.conversation))
-        await speak(self)
-
-    async def end_waiting(self) -> None:
-        """What the person's side was asked for and did not give: nobody waits for it any more."""
-        if not self.is_first:
-            for row in await self.chat.store.end_unfinished(self.user_id, self.conversation_id):
-                self.show("thread.item.replaced", row)
 
     async def keep_thread(self) -> None:
         """Store what a tool changed of the conversation, and tell the readers."""
         thread = self.context.thread
         status = json_copy({"type": thread.status} if isinstance(thread.status, str) else thread.status)
-        if replace(thread, status=status) == thread_of(cast(Row, self.conversation)):
+        if replace(thread, status=status) == thread_of(self.conversation):
             return
         if status.get("type") not in ("active", "locked", "closed"):
             raise ValueError("a conversation is active, locked or closed")
@@ -2275,7 +2219,7 @@ class Turn:
         Raises LookupError where the conversation was deleted.
         """
         add = self.chat.store.add_message
-        row = await patiently(lambda: add(self.user_id, self.conversation_id, role, **columns))
+        row = await patiently(add, self.user_id, self.conversation_id, role, **columns)
         if row is None:
             raise LookupError("the conversation was deleted")
         self.row_ids.append(row["id"])
@@ -2283,12 +2227,11 @@ class Turn:
             self.show(change, row)
         return row
 
-    async def change_row(self, row_id: int, change: str = "thread.item.done", **columns: Any) -> Row | None:
+    async def change_row(self, row_id: int, change: str = "thread.item.done", **columns: Any) -> None:
         """An item becomes something else, and readers are told."""
-        row = await patiently(lambda: self.chat.store.update_message(self.user_id, row_id, **columns))
+        row = await patiently(self.chat.store.update_message, self.user_id, row_id, **columns)
         if row is not None:
             self.show(change, row)
-        return row
 
     async def find_row(self, item_id: Any) -> Row:
         """The row of an item, by its id or by what somebody made up for it. Raises LookupError."""
@@ -2307,14 +2250,14 @@ class Turn:
             self.emit({"type": "thread.item.removed", "item_id": str(row_id)})
 
     async def show_picture(self, url: str, row: Row | None = None, **columns: Any) -> None:
-        """A picture as an item, whose bytes, if the URL holds them, become a file at a URL of ours."""
-        if row is None:
-            row = await self.add_row("item", item={"type": "generated_image"}, input=[], status="streaming")
-        item = {"type": "generated_image", "image": await self.image_json(row["id"], url)}
-        await self.change_row(row["id"], item=item, status="done", **columns)
+        """A picture as an item, in a row that is there already or a new one."""
+        item = {"type": "generated_image"}
+        row = row or await self.add_row("item", item=item, input=[], status="streaming")
+        picture = {**item, "image": await self.image_json(row["id"], url)}
+        await self.change_row(row["id"], item=picture, status="done", **columns)
 
     async def image_json(self, row_id: int, url: str) -> Row:
-        """No item and no event carries a picture's bytes."""
+        """No item and no event carries a picture's bytes: they become a file at a URL of ours."""
         if not url.startswith("data:"):
             return {"id": f"image_{row_id}", "url": url}
         data = base64.b64decode(url.partition("base64,")[2])
@@ -2348,6 +2291,8 @@ def printable(text: str) -> str:
 # ===================================================================================================== Saying
 # What a turn says: texts that grow, and what tools, actions and generators stream.
 
+JSON_FENCE = "```json\n"
+
 
 def storable(text: str) -> str:
     """Text without halves of characters, which nobody can encode."""
@@ -2356,11 +2301,11 @@ def storable(text: str) -> str:
 
 @dataclass(eq=False)
 class Draft:
-    """A message or a thought that is still growing; Chat.save_soon() keeps the file at most SAVE_EVERY
-    behind."""
+    """A message or a thought that still grows; Chat.save_soon() keeps the file at most SAVE_EVERY behind."""
 
     turn: Turn
-    row: Row
+    role: str
+    id: int
     parts: list[str] = field(default_factory=list)
     annotations: list[Row] = field(default_factory=list)
     fenced: bool = False  # it is JSON, and stands in a code block
@@ -2368,18 +2313,16 @@ class Draft:
 
     @classmethod
     async def open(cls, turn: Turn, role: str, text: str) -> Draft:
-        """It begins with `text`, which add() is yet to be told. Its id is ours: most models give none."""
+        """It begins with `text`. Its id is ours: most models give none."""
         columns: Row = {"content": storable(text), "status": "streaming"}
         columns |= {"item": thought_item(""), "input": []} if role == "item" else {}
-        draft = cls(turn, await turn.add_row(role, "thread.item.added", **columns))
+        row = await turn.add_row(role, "thread.item.added", **columns)
+        draft = cls(turn, role, row["id"])
         if role == "assistant":
             turn.last_message_id = draft.id
             draft._tell("added", content=output_text(""))
+        draft.add(text)
         return draft
-
-    @property
-    def id(self) -> int:
-        return int(self.row["id"])
 
     @property
     def text(self) -> str:
@@ -2388,15 +2331,14 @@ class Draft:
 
     def add(self, delta: str) -> None:
         """The hot path: once for each token."""
-        turn, row = self.turn, self.row
-        delta = storable(delta)
+        turn, delta = self.turn, storable(delta)
         self.parts.append(delta)
         if self not in turn.chat.unsaved:
             turn.chat.save_soon(self)
-        if row["role"] == "assistant":
-            turn.emit({"type": "text", "content": delta, "message_id": row["id"]})
+        if self.role == "assistant":
+            turn.emit({"type": "text", "content": delta, "message_id": self.id})
         else:
-            turn.emit({"type": "thinking", "content": delta, "item_id": row["id"]})
+            turn.emit({"type": "thinking", "content": delta, "item_id": self.id})
 
     def annotate(self, annotation: Row) -> None:
         self._tell("annotation_added", annotation_index=len(self.annotations), annotation=annotation)
@@ -2415,7 +2357,7 @@ class Draft:
             columns["input"] = [{"role": "assistant", "content": self.text.removeprefix(JSON_FENCE)}]
             self.add("\n```")
         turn.chat.unsaved.discard(self)
-        if self.row["role"] == "item":
+        if self.role == "item":
             columns["item"] = thought_item(self.text, round(time.monotonic() - self.began))
         else:
             content = output_text(self.text, self.annotations)
@@ -2425,15 +2367,14 @@ class Draft:
         await turn.change_row(self.id, content=self.text, **columns)
 
 
-JSON_FENCE = "```json\n"
-
-
-async def say_more(turn: Turn, role: str, text: str) -> None:
+async def say_more(turn: Turn, role: str, text: str) -> Draft:
     """More of the message or the thought that is open, or else a new one."""
-    if turn.draft is None or turn.draft.row["role"] != role:
+    if turn.draft is not None and turn.draft.role == role:
+        turn.draft.add(text)
+    else:
         await close_draft(turn)
         turn.draft = await Draft.open(turn, role, text)
-    turn.draft.add(text)
+    return turn.draft
 
 
 async def close_draft(turn: Turn) -> None:
@@ -2441,10 +2382,9 @@ async def close_draft(turn: Turn) -> None:
         await turn.draft.close()
 
 
-async def say(turn: Turn, text: str, annotations: list[Row]) -> int:
+async def say(turn: Turn, text: str, annotations: Sequence[Row] = ()) -> int:
     """A whole assistant message, beside whatever the model says; its item id comes back."""
     draft = await Draft.open(turn, "assistant", text)
-    draft.add(text)
     for annotation in annotations:
         draft.annotate(annotation)
     await draft.close()
@@ -2452,20 +2392,27 @@ async def say(turn: Turn, text: str, annotations: list[Row]) -> int:
     return draft.id
 
 
+# The text that an event from outside must have, by its type.
+TEXTS = {"text": "content", "thinking": "content", "notice": "message"}
+TEXTS |= {"progress_update": "text", "client_effect": "name"}
+NOTICES = ("info", "warning", "danger")
+
+
 async def take(turn: Turn, event: Event) -> None:
     """An event from outside, ids made up there becoming those of rows. Raises ValueError for what is none."""
     kind = event.get("type") if isinstance(event, dict) else None
     if not isinstance(kind, str) or kind in ("thread", "tool_call", "tool_result", "done"):  # a forged answer
         raise ValueError(f"an event of type {kind!r} cannot be streamed from outside")
-    if kind in SHAPES and not SHAPES[kind](event):
+    text = event.get(TEXTS.get(kind, "type"))
+    if not isinstance(text, str) or (kind == "notice" and event.get("level") not in NOTICES):
         raise ValueError(f"this is no event of type {kind!r}: {to_json(event)[:200]}")
     if kind in ("text", "thinking"):
-        await say_more(turn, "assistant" if kind == "text" else "item", event["content"])
+        await say_more(turn, "assistant" if kind == "text" else "item", text)
     elif kind in ITEM_EVENTS or kind == "item":
         await close_draft(turn)
         await _take_item(turn, "thread.item.done" if kind == "item" else kind, event["item"])
     elif kind == "thread.item.removed":
-        await turn.remove_rows([(await turn.find_row(event["item_id"]))["id"]])
+        await turn.context.remove(event["item_id"])
     elif kind == "thread.item.updated":
         item_id = str(event["item_id"])
         turn.emit({**event, "item_id": str(turn.names.get(item_id, item_id))})
@@ -2475,21 +2422,13 @@ async def take(turn: Turn, event: Event) -> None:
         thread.status, thread.metadata = given["status"], given.get("metadata", {})
         await turn.keep_thread()
     elif kind == "progress":
-        await turn.context.progress(str(event.get("content", "")), event.get("icon"))
+        await turn.context.progress(event.get("content", ""), event.get("icon"))
     elif kind == "effect":
         await turn.context.effect(event["name"], event.get("data"))
     else:
         turn.emit(event)
 
 
-NOTICES = ("info", "warning", "danger")
-SHAPES: dict[str, Callable[[Event], bool]] = {
-    "text": lambda event: isinstance(event.get("content"), str),
-    "thinking": lambda event: isinstance(event.get("content"), str),
-    "progress_update": lambda event: isinstance(event.get("text"), str),
-    "client_effect": lambda event: isinstance(event.get("name"), str),
-    "notice": lambda event: event.get("level") in NOTICES and isinstance(event.get("message"), str),
-}
 # The roles of items that are streamed; all others have the role `item`.
 ITEM_ROLES = {"assistant_message": "assistant", "user_message": "user"}
 ITEM_ROLES |= {"hidden_context_item": "system", "sdk_hidden_context": "system"}
@@ -2497,18 +2436,18 @@ ITEM_ROLES |= {"hidden_context_item": "system", "sdk_hidden_context": "system"}
 
 async def _take_item(turn: Turn, change: str, given: Row) -> None:
     """An item that begins to grow, is done, or was replaced: it gets a row, or changes the one it has."""
-    made_up = str(given.get("id", ""))
+    made_up = str(given.get("id") or secrets.token_hex(8))
     item = {name: part for name, part in given.items() if name not in ("id", "thread_id", "created_at")}
     role, text, known = ITEM_ROLES.get(item["type"], "item"), item_text(item), turn.names.get(made_up)
     if role == "system":
-        await turn.add_row("system", content=str(item.get("content", "")))
+        await turn.context.hidden(str(item.get("content", "")))
         return
-    if known is None and change == "thread.item.replaced":
-        known = (await turn.find_row(made_up))["id"]
     if role == "assistant" and known is None and change == "thread.item.done":
         notes = [note for part in item.get("content") or [] for note in part.get("annotations") or []]
         turn.names[made_up] = await say(turn, text, notes)
         return
+    if known is None and change == "thread.item.replaced":
+        known = (await turn.find_row(made_up))["id"]
     turn.shown = True
     final = "pending" if item.get("status") == "pending" else "done"
     columns = {"content": text, "item": item, "status": "streaming" if change == ITEM_EVENTS[0] else final}
@@ -2522,32 +2461,38 @@ async def _take_item(turn: Turn, change: str, given: Row) -> None:
 # From the message to the agent's run: what the model is shown, and the SDK's items as they are kept.
 
 
-async def speak(turn: Turn, resume: tuple[Row, Row] | None = None) -> None:
+async def speak(turn: Turn, resume: tuple[Row, Row] | None = None, *, is_first: bool = False) -> None:
     """Have the agent answer what the conversation holds.
 
     Or go on where its tools waited for approval: `resume` is the run's state, and the item with the answers.
     """
     agents = turn.chat.agents
-    if resume is None:
-        await turn.end_waiting()
+    if resume is None and not is_first:  # what the person's side did not give is not waited for any more
+        for row in await turn.chat.store.end_unfinished(turn.user_id, turn.conversation_id):
+            turn.show("thread.item.replaced", row)
     turn.emit({"type": "thinking", "content": ""})
     if agents.generator is not None:
-        answer = agents.generator(turn.context, await history(turn, hosted=False))
-        async with contextlib.aclosing(answer):
-            async for part in answer:
-                if turn.reason:
-                    return  # how it ended is still to be said
-                is_text = isinstance(part, str)
-                await (say_more(turn, "assistant", part) if is_text else turn.context.stream(part))
-        await close_draft(turn)
-        return
+        return await say_parts(turn, agents.generator(turn.context, await history(turn, hosted=False)))
     agent = await agents.agent_for(turn, first=resume is not None)
-    turn.run = Run(turn, agent)
     if resume is None:
-        hosted = isinstance(agents.model_of(turn, agent), OpenAIResponsesModel)
-        await turn.run.answer(await history(turn, hosted))
+        hosted = isinstance(agents.models.get_model(turn.model or agent.model), OpenAIResponsesModel)
+        source: Any = await history(turn, hosted)
     else:
-        await turn.run.answer(await resumed(turn, agent, *resume))
+        source = await resumed(turn, agent, *resume)
+    if turn.reason is None:
+        turn.run = Run(turn, agent, source)
+        await turn.run.follow()
+
+
+async def say_parts(turn: Turn, parts: AsyncGenerator[Any, None]) -> None:
+    """Say what a generator yields: text, or events."""
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            if turn.reason:
+                return  # how it ended is still to be said
+            is_text = isinstance(part, str)
+            await (say_more(turn, "assistant", part) if is_text else turn.context.stream(part))
+    await close_draft(turn)
 
 
 async def history(turn: Turn, hosted: bool) -> list[Row]:
@@ -2555,8 +2500,7 @@ async def history(turn: Turn, hosted: bool) -> list[Row]:
     store, limit = turn.chat.store, turn.chat.settings.history_limit
     rows = await store.history(turn.user_id, turn.conversation_id, limit + 1)
     cut = len(rows) > limit
-    rows = await with_files(store, turn.user_id, rows[1:] if cut else rows)
-    return model_input(rows, cut, hosted)
+    return model_input(await with_files(store, turn.user_id, rows[cut:]), cut, hosted)
 
 
 async def resumed(turn: Turn, agent: Agent[Any], state: Row, item: Row) -> RunState[Any]:
@@ -2583,7 +2527,7 @@ def input_of(raw: Any) -> Row:
 def is_hosted(item: Any) -> bool:
     """Whether it is the call of a tool on the provider's side, as openai.types.responses has them."""
     kind = str(getattr(item, "type", ""))
-    return kind.endswith("_call") and kind not in ("function_call", "image_generation_call")
+    return kind.endswith("_call") and kind != "function_call"
 
 
 def json_value(text: Any) -> Any:
@@ -2594,7 +2538,7 @@ def json_value(text: Any) -> Any:
     return text
 
 
-def json_object(text: str) -> Row:
+def json_object(text: str | None) -> Row:
     """A tool call's arguments, empty where they are not a JSON object."""
     value = json_value(text)
     return value if isinstance(value, dict) else {}
@@ -2616,42 +2560,43 @@ def tool_text(output: Any, parts: Any) -> str:
 # provider's own tools do, from the model's raw events, which come in order; results and handoffs from the
 # runner's items.
 
+NOTHING = object()  # that a model said
 
-class Run:
-    """One run of an agent within a turn."""
 
-    def __init__(self, turn: Turn, agent: Agent[Any]) -> None:
+class Run(RunHooks[TurnContext]):
+    """One run of an agent within a turn, from a history or a state; it begins at once.
+
+    The SDK starts a tool as soon as it can: the hooks make it wait until the call has been written down.
+    """
+
+    def __init__(self, turn: Turn, agent: Agent[Any], source: list[Row] | RunState[Any]) -> None:
         self.turn = turn
         self.agent = agent
-        self.result: RunResultStreaming | None = None
+        self.result = Runner.run_streamed(
+            agent,
+            cast(Any, source),
+            context=turn.context,
+            max_turns=turn.chat.settings.max_steps,
+            hooks=self,
+            run_config=turn.chat.agents.run_config(turn.model, agent),
+        )
         self.final_rows: list[int] = []  # messages of the model's last response
-        self.spoke = False  # the model's last response was not empty
-        self._answered = False  # something was said since the last tool result
-        self._last_output: Any = None  # of a tool
-        self._announced: set[str] = set()  # ids of calls
-        self._handoffs: list[str] = []  # ids of calls that hand over, and have no result yet
+        self._last: Any = NOTHING  # a tool's output after that, None where the model spoke or called since
+        self._announced: set[str] = set()  # ids of that response's calls
+        self._handoffs: list[str] = []  # ids of calls that hand over
         self._hosted: dict[str, Row] = {}  # what the provider's own tools did, by item id and by call id
         self._streamed = False  # the message that comes next was said in deltas
         self._messages = 0  # that were shown, less those that the runner reported
         self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
-
-    async def answer(self, source: list[Row] | RunState[Any]) -> None:
-        """Run the agent on a history, or go on with a state; what the SDK reports becomes rows and events."""
-        turn, agents = self.turn, self.turn.chat.agents
-        self.result = run = Runner.run_streamed(
-            self.agent,
-            cast(Any, source),
-            context=turn.context,
-            max_turns=turn.chat.settings.max_steps,
-            hooks=RunListener(self),
-            run_config=agents.run_config(turn.model, self.agent),
-        )
-        if turn.reason:
-            run.cancel()
         self._idle.set()
+
+    async def follow(self) -> None:
+        """What the SDK reports becomes rows and events, until the run's end."""
+        turn, run = self.turn, self.result
         try:
-            async with contextlib.aclosing(cast(AsyncGenerator[StreamEvent], run.stream_events())) as stream:
-                async for event in stream:
+            events: Any = run.stream_events()
+            async with contextlib.aclosing(events):
+                async for event in events:
                     self._idle.clear()
                     if event.type == "run_item_stream_event":
                         await self._take_item(event.name, event.item)
@@ -2662,7 +2607,8 @@ class Run:
                     else:
                         await self._take_raw(event.data)
                     self._idle.set()
-                    keep_what_was_said(run.run_loop_task)
+                    if error := run.run_loop_exception:  # or it is raised ahead of the deltas before it
+                        _mark_error_to_drain_stream_events(error)
         finally:
             self._idle.set()
         if turn.reason is None:
@@ -2674,36 +2620,48 @@ class Run:
         while not self._idle.is_set():
             await self._idle.wait()
 
+    # ---- the SDK's hooks
+
+    async def on_llm_start(self, *_: Any) -> None:
+        await self.caught_up()
+        self._last = NOTHING
+        self.final_rows.clear()
+        self._announced.clear()
+
+    async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
+        await self.caught_up()
+        if call_id := getattr(context, "tool_call_id", None):
+            call = {"call_id": call_id, "name": context.tool_name, "arguments": context.tool_arguments}
+            await self.announce({"type": "function_call", **call})
+
+    async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
+        await self.turn.keep_thread()
+        if isinstance(result, (ClientTool, Questions)) or context.context.client_tool_call is not None:
+            self.result.cancel(mode="after_turn")
+
     # ---- from the model's raw events
 
     async def _say(self, text: str) -> None:
-        turn = self.turn
-        if turn.draft is None or turn.draft.row["role"] != "assistant":
-            if not text:
-                return
-            await close_draft(turn)
-            turn.draft = await Draft.open(turn, "assistant", text)
+        draft = self.turn.draft
+        if draft is not None and draft.role == "assistant":
+            draft.add(text)
+        elif text:
+            is_json = self.result.current_agent.output_type not in (None, str)
+            is_json = is_json and text.lstrip()[:1] in ("{", "[")
+            draft = await say_more(self.turn, "assistant", JSON_FENCE + text if is_json else text)
+            draft.fenced, self._streamed, self._last = is_json, True, None
             self._messages += 1
-            self.final_rows.append(turn.draft.id)
-            self.spoke = self._answered = self._streamed = True
-            agent = self.result.current_agent if self.result else self.agent
-            if agent.output_type not in (None, str) and text.lstrip()[:1] in ("{", "["):
-                turn.draft.fenced = True
-                turn.draft.add(JSON_FENCE)
-        turn.draft.add(text)
+            self.final_rows.append(draft.id)
 
     async def _take_raw(self, data: Any) -> None:
         """What a model's response says beside its text."""
         turn, kind = self.turn, data.type
-        if kind == "response.output_item.added" and data.item.type == "image_generation_call":
-            await self._picture(data.item.id)
-        elif kind == "response.output_item.added" and is_hosted(data.item):
+        if kind == "response.output_item.added" and is_hosted(data.item):
             await self._begin_hosted(data.item)
         elif kind == "response.output_item.done":
             await self._take_output(data.item)
         elif kind == "response.output_text.annotation.added" and turn.draft is not None:
-            annotation = annotation_json(data.annotation)
-            if annotation is not None:
+            if annotation := annotation_json(data.annotation):
                 turn.draft.annotate(annotation)
         elif kind == "response.refusal.delta":
             await self._say(data.delta)
@@ -2711,8 +2669,8 @@ class Run:
             await say_more(turn, "item", data.delta)
         elif kind == "response.reasoning_summary_part.added" and turn.draft is not None and turn.draft.text:
             await say_more(turn, "item", "\n\n")
-        elif kind == "response.image_generation_call.partial_image":
-            row = await self._picture(data.item_id)
+        elif kind == "response.image_generation_call.partial_image" and data.item_id in turn.calls:
+            row = turn.calls[data.item_id]
             image = await turn.image_json(row["id"], f"data:;base64,{data.partial_image_b64}")
             turn.update(row["id"], "generated_image.updated", image=image)
         elif kind in ("response.completed", "response.incomplete"):
@@ -2727,19 +2685,12 @@ class Run:
                 await self._say("".join(parts))
             self._streamed = False
             await close_draft(turn)
-        elif kind == "reasoning":
-            if turn.draft is not None and turn.draft.row["role"] == "item":
-                await close_draft(turn)
+        elif kind == "reasoning" and turn.draft is not None and turn.draft.role == "item":
+            await close_draft(turn)
         elif kind == "function_call":
             await self.announce(input_of(item))
-        elif kind == "image_generation_call" and item.id not in self._hosted:
-            raw, row = input_of(item), await self._picture(item.id)
-            self._hosted[item.id] = turn.calls.pop(item.id)
-            if item.result:
-                text = str(raw.get("revised_prompt") or "")
-                await turn.show_picture(f"data:;base64,{item.result}", row, content=text, input=[raw])
         elif is_hosted(item) and str(item.id) not in self._hosted:
-            await self._end_hosted(turn.calls.get(str(item.id)) or await self._begin_hosted(item), item)
+            await self._end_hosted(item)
 
     async def announce(self, call: Row) -> None:
         """Write down and report a tool call, once. `call` is its input item.
@@ -2751,99 +2702,96 @@ class Run:
         if call_id in turn.calls or call_id in self._announced:
             return
         self._announced.add(call_id)
-        first = next((row for row in turn.calls.values() if row["role"] == "tool" and row["input"]), None)
+        first = next((row for row in turn.calls.values() if row["input"]), None)
         if first is not None:
             first["input"].append(call)
-        columns = {} if first else {"input": [call]}
-        await self._begin_call(call_id, call["name"], json_object(call["arguments"]), **columns)
+        told = {"id": call_id, "name": call["name"], "args": json_object(call["arguments"])}
+        await self._begin(call_id, tool_calls=[told], input=None if first else [call])
 
-    async def _begin_call(self, call_id: str, name: str, arguments: Row, **columns: Any) -> Row:
-        turn = self.turn
+    async def _begin(self, call_id: str, role: str = "tool", **columns: Any) -> Row:
+        """What the model calls or makes gets a row, which turn.calls has until it is done."""
+        turn, self._last = self.turn, None
         await close_draft(turn)
-        self.spoke = True
-        call = {"id": call_id, "name": name, "args": arguments}
-        row = await turn.add_row("tool", tool_calls=[call], status="streaming", **columns)
-        turn.calls[call_id] = row
-        turn.emit({"type": "tool_call", **call})
+        row = turn.calls[call_id] = await turn.add_row(role, status="streaming", **columns)
+        for call in row["tool_calls"] or []:
+            turn.emit({"type": "tool_call", **call})
         turn.show("thread.item.added", row)
         return row
 
-    async def _begin_hosted(self, item: Any) -> Row:
-        """A call of a tool on the provider's side, such as a web search."""
-        raw = input_of(item)
-        name = str(raw.get("name") or raw["type"].removesuffix("_call"))
-        told = {key: raw[key] for key in ("queries", "action", "code", "arguments") if raw.get(key)}
-        return await self._begin_call(str(item.id), name, told, input=[], item=hosted_item(raw, "streaming"))
+    async def _end(self, row: Row, text: str, **columns: Any) -> None:
+        """A tool's result."""
+        call = row["tool_calls"][0]
+        result = {"id": call["id"], "name": call["name"], "result": json_value(text)}
+        self.turn.emit({"type": "tool_result", **result})
+        await self.turn.change_row(row["id"], content=text, status="done", **columns)
 
-    async def _end_hosted(self, row: Row, item: Any) -> None:
+    async def _begin_hosted(self, item: Any) -> Row:
+        """A call of a tool on the provider's side, such as a web search, or a picture being made."""
+        raw, call_id = input_of(item), str(item.id)
+        if raw["type"] == "image_generation_call":
+            self.turn.shown = True
+            return await self._begin(call_id, "item", item={"type": "generated_image"}, input=[])
+        told = {key: raw[key] for key in ("queries", "action", "code", "arguments") if raw.get(key)}
+        call = {"id": call_id, "name": raw.get("name") or raw["type"].removesuffix("_call"), "args": told}
+        return await self._begin(call_id, tool_calls=[call], item=hosted_item(raw, "streaming"), input=[])
+
+    async def _end_hosted(self, item: Any) -> None:
         """It is done. What this program does for it, such as moving a mouse, has its output still to come."""
-        turn, raw, call = self.turn, input_of(item), row["tool_calls"][0]
+        turn, raw, item_id = self.turn, input_of(item), str(item.id)
+        row = turn.calls.get(item_id) or await self._begin_hosted(item)
+        row["input"] = [raw]
+        self._hosted[item_id] = self._hosted[str(raw.get("call_id"))] = turn.calls.pop(item_id)
+        if raw["type"] == "image_generation_call":
+            if item.result:
+                text = str(raw.get("revised_prompt") or "")
+                await turn.show_picture(f"data:;base64,{item.result}", row, content=text, input=[raw])
+            return
         logs = [str(output["logs"]) for output in raw.get("outputs") or [] if output.get("logs")]
         text = "\n".join(filter(None, [*logs, str(raw.get("output") or "")]))
-        del turn.calls[call["id"]]
-        turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": json_value(text)})
-        columns: Row = {"content": text, "item": hosted_item(raw, "done"), "input": [raw], "status": "done"}
-        changed = await turn.change_row(row["id"], **columns)
-        self._hosted[call["id"]] = self._hosted[str(raw.get("call_id"))] = changed or row
-
-    async def _picture(self, item_id: str) -> Row:
-        """The row of a picture that the model makes."""
-        turn = self.turn
-        if item_id not in turn.calls:
-            await close_draft(turn)
-            self.spoke = turn.shown = True
-            columns: Row = {"item": {"type": "generated_image"}, "input": [], "status": "streaming"}
-            turn.calls[item_id] = await turn.add_row("item", "thread.item.added", **columns)
-        return turn.calls[item_id]
+        await self._end(row, text, item=hosted_item(raw, "done"), input=[raw])
 
     # ---- from the runner's items
 
     async def _take_item(self, name: str, item: Any) -> None:
-        raw = getattr(item, "raw_item", None)
         if name == "message_output_created":
             if self._messages <= 0:  # a model that streams nothing but its end
-                await self._take_output(raw)
+                await self._take_output(item.raw_item)
             self._messages -= 1
         elif name in ("tool_called", "handoff_requested"):
-            await self._take_output(raw)
+            await self._take_output(item.raw_item)
             if name == "handoff_requested":
-                self._handoffs.append(str(getattr(raw, "call_id", "")))
+                self._handoffs.append(item.raw_item.call_id)
         elif name in ("tool_output", "handoff_occured"):  # the SDK's spelling
             result = input_of(item.to_input_item())
-            await self._end_call(getattr(item, "output", result.get("output")), result)
+            await self._take_result(getattr(item, "output", result.get("output")), result)
 
     async def _take_agent(self, agent: Agent[Any]) -> None:
         """Another agent goes on. A handoff whose input filter dropped it is not reported otherwise."""
         if agent.name != (self.turn.agent_name or self.agent.name):
             self.turn.agent_name = agent.name
-        for call_id in list(self._handoffs):
-            text = to_json({"assistant": agent.name})
-            await self._end_call(text, {"type": "function_call_output", "call_id": call_id, "output": text})
+        text = to_json({"assistant": agent.name})
+        for call_id in self._handoffs:
+            answer = {"type": "function_call_output", "call_id": call_id, "output": text}
+            await self._take_result(text, answer)
+        self._handoffs.clear()
 
-    async def _end_call(self, output: Any, result: Row) -> None:
+    async def _take_result(self, output: Any, result: Row) -> None:
         """A tool's result, `result` being its input item; or what is left to the person's side."""
-        turn, call_id = self.turn, str(result.get("call_id"))
-        if call_id in self._handoffs:
-            self._handoffs.remove(call_id)
-        self._answered, self._last_output = False, output
-        if call_id in self._hosted:  # a computer or a shell, called like the provider's own tools
-            hosted = self._hosted[call_id]
-            await turn.change_row(hosted["id"], input=[*(hosted["input"] or []), result])
+        turn, call_id, self._last = self.turn, str(result.get("call_id")), output
+        if hosted := self._hosted.get(call_id):  # a computer or a shell, called like the provider's own tools
+            await turn.change_row(hosted["id"], input=[*hosted["input"], result])
         row = turn.calls.pop(call_id, None)
         if row is None:
             return
         if turn.context.client_tool_call is not None:
             asked, turn.context.client_tool_call = json_copy(turn.context.client_tool_call), None
             output = ClientTool(asked["name"], asked.get("arguments") or {})
-        call, calls = row["tool_calls"][0], row["input"] or []
+        calls = row["input"] or []
         if isinstance(output, (ClientTool, Questions)):
-            item = handed_over_item(call, output)
+            item, self._last = handed_over_item(row["tool_calls"][0], output), None
             await turn.change_row(row["id"], role="item", status="pending", item=item, input=calls or None)
-            self._answered = True
             return
-        text = storable(tool_text(output, result["output"]))
-        turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": json_value(text)})
-        await turn.change_row(row["id"], content=text, status="done", input=[*calls, result])
+        await self._end(row, storable(tool_text(output, result["output"])), input=[*calls, result])
         for part in result["output"] if isinstance(result["output"], list) else []:
             if part.get("type") == "input_image" and part.get("image_url"):
                 await turn.show_picture(part["image_url"])
@@ -2854,59 +2802,25 @@ class Run:
         """A run may end without a message: for approvals, on a tool's output, or silently."""
         if run.interruptions:
             await self._ask_approval(run)
-            return
-        nothing_returned = self.spoke and self._last_output is None  # the SDK says "None" then
-        if self._answered or self.turn.shown or nothing_returned:
-            return
-        output = run.final_output or ""  # a tool's, which is the answer then
-        text = output if isinstance(output, str) else code_block(tool_text(output, None), "json")
-        if text.strip():
-            await say(self.turn, text, [])
-        elif not self.spoke:
-            raise EmptyAnswer
+        elif self._last is not None and not self.turn.shown:
+            output = run.final_output or ""  # a tool's, which is the answer then
+            text = output if isinstance(output, str) else code_block(tool_text(output, None), "json")
+            if text.strip():
+                await say(self.turn, text)
+            elif self._last is NOTHING:
+                raise EmptyAnswer
 
     async def _ask_approval(self, run: RunResultStreaming) -> None:
         """The turn ends here; what the person says goes on from the run's state, also after a restart."""
-        turn = self.turn
+        turn, calls = self.turn, run.interruptions
         for row in turn.calls.values():
             await turn.change_row(row["id"], "thread.item.added", status="pending", input=row["input"])
         turn.calls.clear()
-        asked = [(call, json_object(call.arguments or "{}")) for call in run.interruptions]
-        item = approval_item([{"id": c.call_id, "name": c.tool_name, "args": args} for c, args in asked])
+        asked = [{"id": c.call_id, "name": c.tool_name, "args": json_object(c.arguments)} for c in calls]
+        item = approval_item(asked)
         text = "\n".join(question["question"] for question in item["inputs"])
         state = {"run_state": run.to_state().to_json(context_serializer=lambda context: {})}
         await turn.add_row("item", "thread.item.done", content=text, item=item, input=state, status="pending")
-
-
-class RunListener(RunHooks[TurnContext]):
-    """The SDK starts a tool as soon as it can; this makes it wait until the call has been written down."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    async def on_llm_start(self, context: Any, agent: Any, system_prompt: Any, input_items: Any) -> None:
-        await self.run.caught_up()
-        self.run.spoke = False
-        self.run.final_rows.clear()
-
-    async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
-        await self.run.caught_up()
-        call_id = getattr(context, "tool_call_id", None)
-        if call_id:
-            call = {"call_id": call_id, "name": context.tool_name, "arguments": context.tool_arguments}
-            await self.run.announce({"type": "function_call", **call})
-
-    async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
-        await self.run.turn.keep_thread()
-        asks = isinstance(result, (ClientTool, Questions)) or context.context.client_tool_call is not None
-        if asks and self.run.result is not None:
-            self.run.result.cancel(mode="after_turn")
-
-
-def keep_what_was_said(running: asyncio.Task[Any] | None) -> None:
-    """The SDK raises a failure ahead of the deltas that came before it, and drops those; unless marked."""
-    if running is not None and running.done() and not running.cancelled() and running.exception():
-        _mark_error_to_drain_stream_events(cast(BaseException, running.exception()))
 
 
 # ===================================================================================================== Agents
@@ -2915,51 +2829,37 @@ def keep_what_was_said(running: asyncio.Task[Any] | None) -> None:
 AnswerGenerator = Callable[[TurnContext, list[Row]], AsyncGenerator[Any, None]]
 AgentSource = Agent[Any] | Callable[..., Any] | None
 Transcriber = Callable[[bytes, str], Awaitable[str]]  # audio and its media type, such as "audio/webm"
-ActionHandler = Callable[[TurnContext, Row, Row | None], Any]  # a coroutine, or an async generator of events
+ActionHandler = Callable[[TurnContext, Row, Row | None], Any]  # a coroutine, or an async generator
 FeedbackHandler = Callable[[TurnContext, list[Row], str], Awaitable[None]]
 
 
 class Agents:
     """What an app was given as its agent; the to-do assistant where that is nothing."""
 
-    def __init__(self, settings: Settings, models: Models, source: AgentSource) -> None:
+    def __init__(self, models: Models, source: AgentSource) -> None:
         """Raises SettingsError where a model that is named cannot work: now, not at the first message."""
-        self.settings, self.models = settings, models
+        self.models = models
         self.generator: AnswerGenerator | None = source if inspect.isasyncgenfunction(source) else None
-        self.agent = todo_agent() if source is None else source if isinstance(source, Agent) else None
-        self._make: Any = None if self.generator or self.agent else source
-        self._graph = agents_within(self.agent) if self.agent else []
+        self._source: Any = todo_agent() if source is None else source
+        self.graph = agents_within(self._source) if isinstance(self._source, Agent) else []
         self._run_configs: dict[tuple[str | None, bool], RunConfig] = {}
         self._servers = contextlib.AsyncExitStack()
         self._connected: set[MCPServer] = set()
         self._connecting = asyncio.Lock()
-        for name in [*settings.models.values(), *(agent.model for agent in self._graph)]:
-            if isinstance(name, str):
-                models.get_model(name)
-        self.model_name = self._model_name()
-
-    def _model_name(self) -> str:
-        """The model that answers, as people may see it."""
-        if self.generator is not None:
-            return self.generator.__name__
-        model = self.agent.model if self.agent else None
-        if isinstance(model, Model):
-            return str(getattr(model, "model", "") or getattr(model, "name", "") or type(model).__name__)
-        self.models.get_model(model)
-        return (model or self.models.default).removeprefix("litellm/")
+        used = [] if self.generator else [agent.model for agent in self.graph] or [None]
+        for model in [*models.settings.models.values(), *used]:
+            models.get_model(model)
+        self.model_name = self.generator.__name__ if self.generator else models.name_of(used[0])
 
     def tools(self) -> dict[str, str]:
         """What a message may choose, and what it does: the tools of all agents that there are."""
-        return {tool.name: getattr(tool, "description", "") for agent in self._graph for tool in agent.tools}
-
-    async def open(self) -> None:
-        await self._prepare(self._graph)
+        return {tool.name: getattr(tool, "description", "") for agent in self.graph for tool in agent.tools}
 
     async def close(self) -> None:
         self._connected.clear()
         await self._servers.aclose()
 
-    async def _prepare(self, graph: list[Agent[Any]]) -> None:
+    async def prepare(self, graph: list[Agent[Any]]) -> None:
         """Connect MCP servers that are not, and keep tools from ending the process."""
         async with self._connecting:
             new = {server for agent in graph for server in agent.mcp_servers} - self._connected
@@ -2969,9 +2869,9 @@ class Agents:
                 self._connected.update(manager.active_servers)
                 for server, error in manager.errors.items():
                     log.warning("The agent goes without the MCP server %r: %s", server.name, error)
-        others = self.models.default != get_default_model()
+        foreign = self.models.default != get_default_model()
         for agent in graph:
-            if others and agent.model is None and agent.model_settings == get_default_model_settings():
+            if foreign and agent.model is None and agent.model_settings == get_default_model_settings():
                 agent.model_settings = ModelSettings()  # the SDK's are OpenAI's, and others refuse them
             agent.mcp_servers = [server for server in agent.mcp_servers if server in self._connected]
             for tool in agent.tools:
@@ -2980,40 +2880,35 @@ class Agents:
 
     async def agent_for(self, turn: Turn, *, first: bool = False) -> Agent[Any]:
         """Who answers in this turn: the agent that had the last word, or the `first` of the graph."""
-        graph, choice = self._graph, turn.context.tool_choice
-        if self._make is not None:
-            made = self._make(turn.context)
+        graph, choice = self.graph, turn.context.tool_choice
+        if not graph:
+            made = self._source(turn.context)
             made = await made if inspect.isawaitable(made) else made
             if not isinstance(made, Agent):
                 raise TypeError(f"the function that makes the agent returned a {type(made).__name__}")
             graph = agents_within(made)
-            await self._prepare(graph)
+            await self.prepare(graph)
         agent = next((each for each in graph if each.name == turn.agent_name and not first), graph[0])
         if choice in [tool.name for tool in agent.tools]:
             agent = agent.clone(model_settings=replace(agent.model_settings, tool_choice=choice))
         return agent
 
-    def model_of(self, turn: Turn, agent: Agent[Any]) -> Model:
-        model = self.models.choices.get(turn.model or "") or agent.model or self.models.default
-        return model if isinstance(model, Model) else self.models.get_model(model)
-
     def run_config(self, model: str | None, agent: Agent[Any]) -> RunConfig:
         """What the SDK is told of a run. Kept: making one takes as long as all else before the model."""
-        hosted = {"web_search", "code_interpreter"} & {tool.name for tool in agent.tools}
-        key, chosen = (model, bool(hosted)), self.models.choices.get(model or "")
-        if key not in self._run_configs:
+        hosted = not {"web_search", "code_interpreter"}.isdisjoint(tool.name for tool in agent.tools)
+        if (model, hosted) not in self._run_configs:
             sources: Any = ["web_search_call.action.sources", "code_interpreter_call.outputs"]
             # Usage is zero from chat completions unless one asks for it.
             told = ModelSettings(include_usage=True, response_include=sources if hosted else None)
-            self._run_configs[key] = RunConfig(
-                model=self.models.get_model(chosen) if chosen else None,
+            self._run_configs[model, hosted] = RunConfig(
+                model=model,
                 model_provider=self.models,
                 model_settings=told,
-                tracing_disabled=not self.settings.tracing,
+                tracing_disabled=not self.models.settings.tracing,
                 tool_not_found_behavior="return_error_to_model",
                 tool_error_formatter=told_of_failure,
             )
-        return self._run_configs[key]
+        return self._run_configs[model, hosted]
 
 
 def told_of_failure(args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
@@ -3030,7 +2925,7 @@ def told_of_failure(args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
 
 @dataclass
 class Contained:
-    """A tool that exits must not take the server along: asyncio lets these exceptions through to the loop."""
+    """A tool that exits must not take the server along: asyncio lets such exceptions through."""
 
     name: str
     invoke: Callable[..., Awaitable[Any]]
@@ -3043,33 +2938,37 @@ class Contained:
             return to_json({"error": f"The tool {self.name} failed."})
 
 
-def takes(function: Callable[..., Any], *arguments: object) -> bool:
-    """Whether it can be called with so many arguments."""
-    with contextlib.suppress(ValueError):  # of what is not written in Python
-        try:
-            inspect.signature(function).bind(*arguments)
-        except TypeError:
-            return False
-    return True
+def can_answer(source: Any) -> bool:
+    """Whether it is an agent, or a function that can be called as one of the two kinds is."""
+    if isinstance(source, (Agent, type)) or inspect.isgeneratorfunction(source):
+        return isinstance(source, Agent)
+    with contextlib.suppress(TypeError, ValueError):
+        inspect.signature(source).bind(*[None] * (2 if inspect.isasyncgenfunction(source) else 1))
+        return True
+    return False
 
 
-def check_arguments(agent: Any, store: Any, **handlers: Any) -> None:
+def is_async(handler: Any) -> bool:
+    functions = handler, getattr(handler, "__call__", None)  # noqa: B004  # may be an object
+    return any(map(inspect.iscoroutinefunction, functions)) or inspect.isasyncgenfunction(handler)
+
+
+AN_AGENT = "give an Agent, such as Agent(name=..., instructions=...), a function of the context that returns "
+AN_AGENT += "one, or an async generator function answer(context, history)"
+# What an argument may be, and a sentence for what is not; all others are handlers.
+ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "agent": (can_answer, AN_AGENT),
+    "store": (lambda value: isinstance(value, Store), "give a Store, such as Store('chatkit.db')"),
+    "settings": (lambda value: isinstance(value, Settings), "give Settings(...), or its fields by name"),
+    "lifespan": (callable, "give an async context manager function of the app"),
+}
+
+
+def check_arguments(**arguments: Any) -> None:
     """Raises SettingsError: a sentence that says what belongs there."""
-    an_agent = "give an Agent, such as Agent(name=..., instructions=...), a function of the context that "
-    an_agent += "returns one, or an async generator function answer(context, history)"
-    makes_agents = callable(agent) and not isinstance(agent, type) and not inspect.isgeneratorfunction(agent)
-    if makes_agents and not isinstance(agent, Agent):
-        makes_agents = takes(agent, None, *[None] * inspect.isasyncgenfunction(agent))
-    rules = [
-        ("agent", agent, isinstance(agent, Agent) or makes_agents, an_agent),
-        ("store", store, isinstance(store, Store), "give a Store, such as Store('chatkit.db')"),
-    ]
-    for name, handler in handlers.items():
-        functions = handler, getattr(handler, "__call__", None)  # noqa: B004  # may be an object
-        is_async = any(map(inspect.iscoroutinefunction, functions)) or inspect.isasyncgenfunction(handler)
-        rules.append((name, handler, is_async, f"write it as `async def {name}(...)`"))
-    for name, value, fits, sentence in rules:
-        if value is not None and not fits:
+    for name, value in arguments.items():
+        fits, sentence = ARGUMENTS.get(name, (is_async, f"write it as `async def {name}(...)`"))
+        if value is not None and not fits(value):
             what = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
             raise SettingsError(f"{name} is {what}: {sentence}.")
 
@@ -3081,14 +2980,13 @@ def check_arguments(agent: Any, store: Any, **handlers: Any) -> None:
 class Refused(HTTPException):
     """A request that cannot be granted: an HTTP status and a text for the person.
 
-    `by_doing`: a person's doing led here, as always to some statuses, and not a broken client. The real
-    component shows nothing of an HTTP status, so its dialect tells it within a stream.
+    `by_doing`: a person's doing led here, as always to some statuses, and not a broken client: the ChatKit
+    dialect tells it within a stream, as the real component shows nothing of a status.
     """
 
     def __init__(self, status: int, detail: str, *, by_doing: bool = False, retry_after: int = 0) -> None:
         headers = {"Retry-After": str(retry_after)} if retry_after else None
         super().__init__(status, detail, {"WWW-Authenticate": "Bearer"} if status == 401 else headers)
-        self.detail: str = detail
         self.by_doing = by_doing or status in (409, 413, 429, 503)
 
 
@@ -3101,7 +2999,7 @@ def found(row: T | None, what: str) -> T:
 
 def as_row_id(value: object) -> int | None:
     """A row's id from the wire, a whole number or its decimal string; None for what cannot be one."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value):
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
         value = int(value)
     return value if type(value) is int and 0 < value <= LAST else None
 
@@ -3200,13 +3098,11 @@ def check_message(chat: Chat, message: UserMessage) -> None:
     if not message.text.strip() and not message.attachments:
         raise Refused(400, "Message is required")
     tags = [to_json(part.data) for part in message.content if isinstance(part, TagPart)]
-    limit = chat.settings.max_message_chars
+    limit, options = chat.settings.max_message_chars, message.inference_options
     if sum(map(len, [message.text, message.quoted_text or "", *tags])) > limit:
         raise Refused(413, f"Message is longer than {limit} characters")
-    options = message.inference_options
-    choices = [("model", options.model, chat.models.choices)]
-    if options.tool_choice and chat.agents.agent is not None:  # a function or a generator may know more
-        choices.append(("tool", options.tool_choice.id, chat.agents.tools()))
+    tool = options.tool_choice if chat.agents.graph else None  # a function or a generator may know more
+    choices = ("model", options.model, chat.models.choices), ("tool", tool and tool.id, chat.agents.tools())
     for what, chosen, names in choices:
         if chosen is not None and chosen not in names:
             there_is = ", ".join(names) or "none"
@@ -3222,9 +3118,8 @@ SECRETS = {  # what looks like one
 
 def redact(text: str, secret_values: list[str]) -> str:
     """A text without secrets: known ones, and what looks like a key or a token."""
-    for secret in secret_values:
-        text = text.replace(secret, "[secret]")
-    for pattern, instead in SECRETS.items():
+    known = dict.fromkeys(map(re.escape, secret_values), "[secret]")
+    for pattern, instead in (known | SECRETS).items():
         text = re.sub(pattern, instead, text)
     return text
 
@@ -3234,21 +3129,18 @@ def redact(text: str, secret_values: list[str]) -> str:
 
 
 class Chat:
-    """One app's state. It opens when it is first needed, and closes with the event loop at the latest.
-
-    So it works under a server that runs its lifespan, mounted in another application, whose server does not,
-    and without any server.
-    """
+    """One app's state. It opens when it is first needed, and closes with the event loop at the latest: so it
+    works under a server, mounted in another app, whose server runs no lifespan of ours, and without any."""
 
     def __init__(
         self, settings: Settings, agent: AgentSource = None, store: Store | None = None, **handlers: Any
     ) -> None:
         """Raises SettingsError for an argument that makes no sense, and where the model cannot work."""
-        check_arguments(agent, store, **handlers)
+        check_arguments(agent=agent, store=store, settings=settings, **handlers)
         self.settings = settings
         self.store = store or Store(settings.database)
         self.models = Models(settings)
-        self.agents = Agents(settings, self.models, agent)
+        self.agents = Agents(self.models, agent)
         self.is_todo = agent is None
         own = toggle_task if self.is_todo else None
         self.on_action: ActionHandler | None = handlers.get("on_action") or own
@@ -3260,6 +3152,7 @@ class Chat:
         self.unsaved: set[Draft] = set()  # those with text that is not in the file
         self._saving: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()  # the keeper is to close everything
         self._opening = asyncio.Lock()
 
     # ---- opening and closing
@@ -3270,7 +3163,7 @@ class Chat:
             if self._keeper is not None and not self._keeper.done():
                 return
             if self.store.is_open:
-                self.store.before_close.append(self.close)
+                self.store.before_close.add(self.close)
             else:
                 await stack.enter_async_context(self.store)
                 if self.store.shared:
@@ -3278,28 +3171,28 @@ class Chat:
                     log.warning(text, self.store.path)
             stack.push_async_callback(self.models.close)
             stack.push_async_callback(self.agents.close)
-            await self.agents.open()
+            await self.agents.prepare(self.agents.graph)
             stack.callback(lambda: self._saving and self._saving.cancel())
             stack.push_async_callback(self.stop_turns, ending)
-            self._keeper = asyncio.create_task(self._keep(stack.pop_all()), name="keeper of the store")
+            self._ending = asyncio.Event()
+            self._keeper = asyncio.create_task(self._keep(stack.pop_all()))
             await asyncio.sleep(0)  # a task that is cancelled before it began would close nothing
 
     async def _keep(self, stack: contextlib.AsyncExitStack) -> None:
-        """Wait to be cancelled, by close() or by the end of the event loop, and close everything then."""
+        """Wait for close(), or for the end of the event loop, which cancels this, and close everything."""
         async with stack:
-            await asyncio.get_running_loop().create_future()
+            await self._ending.wait()
 
     async def close(self) -> None:
-        self.store.before_close = [each for each in self.store.before_close if each != self.close]
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None and not keeper.done():
-            keeper.cancel()
-            await asyncio.wait([keeper])
+        """Save and end what is running; whoever calls this meanwhile waits for it too."""
+        if self._keeper is not None and not self._keeper.done():
+            self._ending.set()
+            await asyncio.wait([self._keeper])
+        self.store.before_close.discard(self.close)
 
     async def stop_turns(self, reason: str = "shutdown", conversation_id: int | None = None) -> None:
         """Save and end all that is running, everywhere or in one conversation."""
-        turns = [turn for turn in self.turns if turn.conversation]
-        turns = [turn for turn in turns if conversation_id in (None, turn.conversation_id)]
+        turns = [turn for turn in self.turns if conversation_id in (None, turn.conversation_id)]
         for turn in turns:
             turn.stop(reason)
         await asyncio.gather(*(turn.wait() for turn in turns))
@@ -3337,11 +3230,10 @@ class Chat:
     async def change_conversation(self, user_id: str, conversation_id: int, **changes: Any) -> Row:
         """Rename, lock or annotate a conversation, and tell those who follow an answer. Raises Refused."""
         row = await self.store.update_conversation(user_id, conversation_id, **changes)
-        changed = found(row, "Conversation")
         for turn in self.turns:
-            if turn.conversation is not None and turn.conversation_id == conversation_id:
-                turn.thread_changed(changed)
-        return changed
+            if turn.conversation_id == conversation_id and row is not None:
+                turn.thread_changed(row)
+        return found(row, "Conversation")
 
     async def delete_conversation(self, user_id: str, conversation_id: int) -> None:
         """Raises Refused where there is none."""
@@ -3371,7 +3263,7 @@ class Chat:
             conversation = await self.conversation(caller.user_id, conversation_id)
             status, reason = conversation["status"], conversation["status_reason"]
             if status != "active":
-                raise Refused(409, f"The conversation is {status}" + (f": {reason}" if reason else ""))
+                raise Refused(409, f"The conversation is {status}{f': {reason}' if reason else ''}")
             running = self.answering.get(conversation_id)
             if speaks and running is not None and running.reason:  # stopped: the next may come at once
                 await running.wait()
@@ -3394,12 +3286,12 @@ class Chat:
         """An agent is going to speak in this conversation, the only one at a time. Raises Refused."""
         if self.answering.setdefault(conversation["id"], turn) is not turn:
             raise Refused(409, "The conversation is being answered already")
-        if turn.conversation is None:
+        if not turn.conversation:
             turn.enter(conversation)
 
     def forget(self, turn: Turn) -> None:
         self.turns.discard(turn)
-        if turn.conversation is not None and self.answering.get(turn.conversation_id) is turn:
+        if self.answering.get(turn.conversation_id) is turn:
             del self.answering[turn.conversation_id]
 
     async def begin_message(
@@ -3407,7 +3299,7 @@ class Chat:
     ) -> Turn:
         """Keep a message, in a new conversation where none is named, and have it answered.
 
-        When this returns, the message is in the file. Raises Refused, sqlite3.Error, StoreError.
+        It is in the file when this returns. Raises Refused, sqlite3.Error, StoreError.
         """
         check_message(self, message)
         title = " ".join(message.text.split()) or "(attachment)"
@@ -3427,14 +3319,12 @@ class Chat:
     async def begin_retry(
         self, caller: Caller, conversation_id: int, message_id: int | None = None, text: str | None = None
     ) -> Turn:
-        """Remove all that came after a user's message, the last one if none is named, and answer it anew.
-
-        With `text`, in other words.
-        """
-        place, store = (caller.user_id, conversation_id), self.store
+        """Answer a user's message anew, the last one if none is named, with `text` in other words. What came
+        after it goes."""
+        place, store, words = (caller.user_id, conversation_id), self.store, Row()
         async with self._beginning(caller, conversation_id) as turn:
             row = await (store.message(*place, message_id) if message_id else store.last_user_message(*place))
-            row, words = found(row, "Message"), {}
+            row = found(row, "Message")
             if row["role"] != "user":
                 raise Refused(400, "Only a user's message can be answered again")
             if text is not None:
@@ -3454,32 +3344,27 @@ class Chat:
             for row in reversed(await self.store.pending_messages(turn.user_id, conversation_id)):
                 item = row["item"] or {}
                 if item.get("type") == "client_tool_call" and call_id in (None, item["call_id"]):
-                    output = {} if result is None else {"output": result}
-                    await self._go_on(turn, row, {**item, "status": "completed", **output}, result)
+                    await self._go_on(turn, row, item | filled(status="completed", output=result), result)
                     return turn
             raise Refused(409, "No client tool call is pending")
 
     async def begin_answers(self, caller: Caller, conversation_id: int, item_id: int, given: Answers) -> Turn:
-        """Record the answers to pending questions, or that they were skipped, and let the agent go on."""
+        """Keep the answers to pending questions, or that they were skipped, and let the agent go on."""
         async with self._beginning(caller, conversation_id) as turn:
             row = found(await self.store.message(turn.user_id, conversation_id, item_id), "Item")
             if (row["item"] or {}).get("type") != "structured_input":
                 raise Refused(400, "This item asks nothing")
             if row["status"] != "pending":
                 raise Refused(409, "This was answered already")
-            item = answered_item(row["item"], given.status, given.model_dump()["answers"])
+            item = answered_item(row["item"], **given.model_dump(include={"status", "answers"}))
             await self._go_on(turn, row, item, answers_told(item))
         return turn
 
     async def _go_on(self, turn: Turn, row: Row, item: Row, result: Any) -> None:
         """What the person's side gave becomes the call's result, and the agent takes its next step with it.
-
-        What a tool streamed itself has no call: the model is told of it as of any item. An approval has the
-        state of a run instead, from which that goes on.
-        """
-        text = result if isinstance(result, str) else to_json(result)
+        What a tool streamed has no call; an approval has the state of a run, from which that goes on."""
+        text, resume = result if isinstance(result, str) else to_json(result), None
         columns: Row = {"content": text, "item": item, "status": "done"}
-        resume = None
         for call in row["tool_calls"] or []:
             output = {"type": "function_call_output", "call_id": call["id"], "output": text}
             columns["input"] = [*(row["input"] or []), output]
@@ -3487,9 +3372,8 @@ class Chat:
         if isinstance(row["input"], dict):
             columns["input"], resume = [], (row["input"]["run_state"], item)
         changed = found(await self.store.update_message(turn.user_id, row["id"], **columns), "Conversation")
-        asked = await self.store.last_user_message(turn.user_id, turn.conversation_id)
-        if asked is not None:
-            turn.take_choices(asked)  # what was chosen for the message goes on
+        # What was chosen for the message goes on.
+        turn.take_choices(await self.store.last_user_message(turn.user_id, turn.conversation_id))
         if item["type"] == "structured_input":  # the component knows itself what it gave a client tool
             turn.show("thread.item.replaced", changed)
         turn.start(functools.partial(speak, turn, resume))
@@ -3499,53 +3383,35 @@ class Chat:
     async def begin_action(
         self, caller: Caller, conversation_id: int, item_id: int | None, action: Action
     ) -> Turn:
-        """Have the action handler deal with a click in a widget, also while an answer is being written."""
+        """Have the app deal with a click in a widget, also while an answer is written."""
         async with self._beginning(caller, conversation_id, speaks=False) as turn:
             handler, item = self.on_action, None
             if handler is None:
                 raise Refused(400, "There is no on_action here: give create_app() one", by_doing=True)
             if item_id is not None:
-                row = found(await self.store.message(turn.user_id, conversation_id, item_id), "Item")
-                if (row["item"] or {}).get("type") != "widget":
+                row = await self.store.message(turn.user_id, conversation_id, item_id)
+                item = thread_item(found(row, "Item"), "")
+                if item["type"] != "widget":
                     raise Refused(400, "This item is not a widget")
-                item = thread_item(row, "")
 
             async def work() -> None:
+                handled = handler(turn.context, action.model_dump(), item)
                 try:
-                    handled = handler(turn.context, action.model_dump(), item)
-                    if not hasattr(handled, "__aiter__"):
-                        await handled
-                        return
-                    async for event in handled:
-                        await turn.context.stream(event)
+                    await (say_parts(turn, handled) if hasattr(handled, "__aiter__") else handled)
                 except (ValueError, LookupError) as error:
                     raise Refused(400, "The action was refused") from error
 
             turn.start(work)
         return turn
 
-    async def act(
-        self, caller: Caller, conversation_id: int, item_id: int | None, action: Action
-    ) -> Row | None:
-        """The same without a stream: the widget as it is afterwards."""
-        turn = await self.begin_action(caller, conversation_id, item_id, action)
-        await turn.wait()
-        for event in turn.events:
-            if event["type"] == "error":
-                raise Refused(400 if event["code"] == "refused" else 500, event["message"])
-        return await self.store.message(caller.user_id, conversation_id, item_id) if item_id else None
-
-    async def give_feedback(
-        self, caller: Caller, conversation_id: int, item_ids: list[int], kind: str
-    ) -> None:
+    async def rate(self, caller: Caller, conversation_id: int, item_ids: list[int], kind: str) -> None:
         """Keep a thumb up or down, and tell the app's handler. Ids that are not here are of lost answers."""
         conversation = await self.conversation(caller.user_id, conversation_id)
         rows = await self.store.set_feedback(caller.user_id, conversation_id, item_ids, kind)
         if self.on_feedback is not None and rows:
-            turn = Turn(self, caller)
+            turn, items = Turn(self, caller), [thread_item(row, "") for row in rows]
             turn.enter(conversation)
             self.turns.add(turn)
-            items = [thread_item(row, "") for row in rows]
             turn.start(functools.partial(self.on_feedback, turn.context, items, kind))
             await turn.wait()
 
@@ -3553,12 +3419,11 @@ class Chat:
         """What was said in a recording. Raises Refused."""
         if self.transcriber is None:
             raise Refused(501, "Dictation needs OPENAI_API_KEY, or create_app() a transcribe function")
-        said = self.transcriber(audio, mime_type)
-        [text_or_error] = await asyncio.gather(said, return_exceptions=True)
-        if isinstance(text_or_error, BaseException):
-            self.log_failure("dictation failed", text_or_error)
-            raise Refused(502, explain(text_or_error)["message"])
-        return text_or_error
+        [said] = await asyncio.gather(self.transcriber(audio, mime_type), return_exceptions=True)
+        if isinstance(said, BaseException):
+            self.log_failure("dictation failed", said)
+            raise Refused(502, explain(said)["message"])
+        return said
 
 
 # ============================================================================================== Plain dialect
@@ -3693,9 +3558,9 @@ class Call:
         turn: Turn = await operation.run(self.chat, self.caller, *params.values())
         first: list[Event] = []
         if given.type == "threads.create":
-            first.append({"type": "thread.created", "thread": thread_json(cast(Row, turn.conversation))})
+            first.append({"type": "thread.created", "thread": thread_json(turn.conversation)})
         if given.type in ("threads.create", "threads.add_user_message"):  # which tells it the message's id
-            [item] = await self.items([cast(Row, turn.user_message)])
+            [item] = await self.items([turn.user_message])
             first.append({"type": "thread.item.done", "item": item})
         stop_on_leave = self.chat.settings.on_disconnect == "cancel"
         return event_stream(turn, chatkit_encoder(turn, self.base, first), stop_on_leave)
@@ -3750,7 +3615,12 @@ async def sync_custom_action(
     call: Call, thread_id: ThreadId, action: Action, item_id: ItemId | None = None
 ) -> Row:
     """Have the action handler deal with a click; what comes back is the widget as it is afterwards."""
-    row = await call.chat.act(call.caller, thread_id, item_id, action)
+    turn = await call.chat.begin_action(call.caller, thread_id, item_id, action)
+    await turn.wait()
+    for event in turn.events:
+        if event["type"] == "error":
+            raise Refused(400 if event["code"] == "refused" else 500, event["message"])
+    row = await call.chat.store.message(call.caller.user_id, thread_id, item_id) if item_id else None
     return {"updated_item": (await call.items([row]))[0]} if row else {}
 
 
@@ -3806,7 +3676,7 @@ async def give_feedback(
 ) -> Row:
     """Thumbs up or down. Ids that are not ours are those of answers that never came."""
     known = list(filter(None, map(as_row_id, item_ids)))
-    await call.chat.give_feedback(call.caller, thread_id, known, kind)
+    await call.chat.rate(call.caller, thread_id, known, kind)
     return {}
 
 
@@ -4216,7 +4086,7 @@ def event_stream(turn: Turn, encode: Encoder, stop_on_leave: bool = False) -> Re
         def beat() -> None:
             nonlocal timer
             timer = loop.call_later(KEEP_ALIVE, beat)
-            turn.wake()
+            turn.news.set()
 
         timer = loop.call_later(KEEP_ALIVE, beat)
         try:
@@ -4224,7 +4094,7 @@ def event_stream(turn: Turn, encode: Encoder, stop_on_leave: bool = False) -> Re
                 if seen == len(turn.events):
                     await turn.wait_beyond(seen)
                 pause = sent + max(COALESCE, COALESCE_EACH * len(turn.chat.turns)) - loop.time()
-                if flowing and pause > 0:
+                if flowing and pause > 0 and turn.phase != "over":
                     await asyncio.sleep(pause)
                 events = turn.events[seen : seen + CHUNK]
                 seen += len(events)
@@ -4530,14 +4400,11 @@ def create_app(
     kind)` hears of thumbs. `transcribe(audio, media_type)` makes text of recordings; without one, OpenAI does
     where there is an OPENAI_API_KEY. `lifespan` is FastAPI's. Raises SettingsError.
     """
+    check_arguments(settings=settings, lifespan=lifespan)
     if settings is None:
         settings = Settings.from_env(**overrides)
-    elif not isinstance(settings, Settings):
-        raise SettingsError(f"settings is {settings!r}: give Settings(...), or its fields by name.")
     elif overrides:
         settings = Settings(**{**dict(settings), **overrides})
-    if lifespan is not None and not callable(lifespan):
-        raise SettingsError(f"lifespan is {lifespan!r}: give an async context manager function of the app.")
     if store is not None and "database" in overrides:
         raise SettingsError("store and database are two files: give one of them.")
     handlers = {"on_action": on_action, "on_feedback": on_feedback, "transcribe": transcribe}
@@ -4568,157 +4435,107 @@ def create_app(
 # ======================================================================================================= Page
 # The built-in web page: one file of HTML, CSS and JavaScript, and a whole client for the plain dialect.
 
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>ChatKit</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ChatKit</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'%3E
 %3Cpath fill='%230b6e66' d='M1 1h7v5H4L2 8V6H1z'/%3E%3C/svg%3E">
 <style>
 :root { color-scheme: light dark; --bg: light-dark(#fff, #1b1c1d); --side: light-dark(#f7f7f5, #151617);
-  --line: light-dark(#e0dfda, #383a3c); --text: light-dark(#222, #e8e7e4); --muted: light-dark(#666, #a5a39e);
-  --soft: light-dark(#ecf1f0, #263130); --accent: light-dark(#0b6e66, #74cfc3);
-  --back: light-dark(#fff, #021); --danger: light-dark(#a8201a, #ffa69e);
-  --warning: light-dark(#855300, #eec46f); }
-* { box-sizing: border-box; overflow-wrap: anywhere; }
-body { margin: 0; height: 100dvh; display: flex; overflow: hidden; background: var(--bg); color: var(--text);
-  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-[hidden], .item:empty, [aria-busy=true] > :last-child .foot { display: none !important; }
-button, input, select, textarea, fieldset, .tool, .notice, .code, #box, #model, dialog, .card, .list {
+  --line: light-dark(#e0dfda, #383a3c); --text: light-dark(#222, #e8e7e4); --soft: light-dark(#ecf1f0, #233);
+  --secondary: light-dark(#666, #a5a39e); --accent: light-dark(#0b6e66, #74cfc3);
+  --danger: light-dark(#a8201a, #ffa69e); --warning: light-dark(#855300, #eec46f); }
+* { box-sizing: border-box; overflow-wrap: anywhere; } .quiet, .foot, #actions { color: var(--secondary); }
+body { margin: 0; height: 100dvh; display: flex; overflow: hidden; font: 1rem/1.6 system-ui, sans-serif; }
+body, nav { background: var(--bg); color: var(--text); }
+[hidden], .item:empty, ul:empty, .row:empty, [aria-busy=true] .retry, .item:has(~ .item:not(:empty)) .retry,
+[aria-busy=true] > :last-child .foot { display: none !important; }
+button, input, select, textarea, fieldset, .tool, .notice, .code, .card, .list, #box {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
-button { cursor: pointer; padding: .3rem .8rem; }
-button:disabled { opacity: .5; cursor: default; }
-:is(button, .panel a, .entry[role]):hover, [aria-current], [aria-pressed=true] { background: var(--soft); }
-button.primary { background: var(--accent); border-color: var(--accent); color: var(--back); }
-:is(.foot, #actions, .chips, .code) button, #attach, #box select { border: 0; padding: .2rem .5rem;
-  color: var(--muted); font-size: .875rem; }
-input, textarea { width: 100%; padding: .5rem .75rem; }
-select { padding: .4rem .5rem; max-width: 100%; }
-:is([type=checkbox], [type=radio]) { width: 1rem; height: 1rem; flex: none; accent-color: var(--accent); }
-a { color: var(--accent); }
-h1, h2 { font-size: 1rem; margin: 0; }
-ul { list-style: none; margin: 0; padding: 0; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-::placeholder, .quiet, #model, dialog p { color: var(--muted); opacity: 1; }
-.quiet, #model, .tool, .chips, #composer p { font-size: .875rem; margin: 0; }
-label, header, summary, .row, .entry, .chips, .chips li, .code > div {
-  display: flex; align-items: center; gap: .6rem; }
-.panel a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+button { cursor: pointer; padding: .3rem .8rem; } button:disabled { opacity: .5; cursor: default; }
+:where(button, nav a, .entry[role]):hover, [aria-current], [aria-pressed=true] { background: var(--soft); }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--bg); }
+:is(.foot, .chips, .code, #actions) button, #attach { border: 0; padding: .2rem .5rem; font-size: .875rem; }
+textarea { field-sizing: content; max-height: 40dvh; resize: none; } h1 { font-size: 1rem; margin: 0; }
+textarea, select, input { padding: .45rem .7rem; accent-color: var(--accent); }
+textarea, input:not([type=checkbox], [type=radio]) { width: 100%; } a { color: var(--accent); }
+.quiet, .tool, .chips, #composer p { font-size: .875rem; margin: 0; }
+label, header, .row, .entry, .chips, .chips li, .code > div, #box {
+  display: flex; gap: .6rem; align-items: center; }
+nav a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 /* The side panel: a popover on narrow screens (Esc and a click outside close it), a column on wide ones. */
-.panel { position: fixed; inset: 0 auto 0 0; margin: 0; width: 17rem; height: 100dvh; padding: 1rem;
-  border: 0; background: var(--side); color: var(--text); flex-direction: column; gap: .7rem;
-  overflow-y: auto; }
-.panel a { display: block; flex: none; color: inherit; text-decoration: none; padding: .35rem .6rem;
-  border-radius: .7rem; }
-.panel:popover-open { display: flex; } ::backdrop { background: #0006; } #brand { padding-left: .6rem; }
-@media (min-width: 50rem) { .panel { position: static; display: flex; flex: none; } #menu { display: none; } }
-/* The conversation */
+nav { position: fixed; inset: 0 auto 0 0; width: 17rem; height: 100dvh; margin: 0; padding: 1rem; border: 0;
+  background: var(--side); flex-direction: column; gap: .7rem; overflow-y: auto; }
+nav a { display: block; flex: none; color: inherit; text-decoration: none; border-radius: .7rem; }
+nav ul, .chips { list-style: none; margin: 0; padding: 0; } nav a, #brand { padding: .35rem .6rem; }
+nav:popover-open { display: flex; } ::backdrop { background: #0006; }
+@media (min-width: 50rem) { nav { position: static; display: flex; flex: none; } #menu { display: none; } }
+/* The conversation. The scroller counts from its end, and so it stays there. */
 main { flex: 1; min-width: 0; display: flex; flex-direction: column; }
-header { padding: .6rem 1.25rem; min-height: 3.5rem; } #model { padding: .1rem .65rem; }
+header { padding: .6rem 1.25rem; flex-wrap: wrap; } header h1 { flex-basis: 9rem; }
 #banner { margin: 0; padding: .4rem; text-align: center; color: var(--warning); background: var(--side); }
-#scroller { flex: 1; overflow: hidden auto; outline-offset: -3px; }
-#log, #thinking, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 0 1.25rem .75rem; }
-#log > .item { margin: 1.25rem 0; }
-#welcome { text-align: center; padding: 14vh 1.25rem 0; } #welcome * { margin: 0 .2rem .7rem; }
-#welcome h2 { font-size: 1.6rem; }
+#scroller { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
+#scroller > *, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 0 1.25rem .75rem; }
+#scroller > * { margin-bottom: auto; } #log > .item { margin: 1.25rem 0; }
+#welcome { text-align: center; padding-top: 14vh; } #welcome button { margin: .7rem .2rem; }
 [data-type=user] { display: flex; flex-direction: column; align-items: flex-end; }
 .user { max-width: 85%; padding: .6rem 1rem; background: var(--soft); border-radius: 1.2rem 1.2rem .3rem; }
-.user q { display: block; color: var(--muted); }
-.user, .notice, fieldset, #thinking { white-space: pre-wrap; }
-.foot { margin-left: -.5rem; }
+.user, .notice, fieldset, #thinking { white-space: pre-wrap; } q { display: block; color: var(--secondary); }
 @media (hover: hover) { .item:not(:hover, :focus-within, :last-child) .foot { opacity: 0; } }
-.md :is(p, ul, ol, .table, blockquote) { margin: 0 0 .75rem; white-space: pre-line; list-style: revert; }
+.md :is(p, ul, ol, blockquote, .table), .code { margin: 0 0 .75rem; white-space: pre-line; }
 .md :is(ul, ol, blockquote) { padding-left: 1.5rem; } blockquote { border-left: 3px solid var(--line); }
-.md li, .md li :is(ul, ol) { margin: .25rem 0; } .md > :last-child { margin-bottom: 0; }
 .md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
+.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; }
 img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; }
-.chips { flex-wrap: wrap; padding: .3rem; } .chips img { height: 5rem; } sup { line-height: 0; }
-.table { overflow-x: auto; } table { border-collapse: collapse; }
+.chips { flex-wrap: wrap; } .chips img { height: 5rem; } sup { line-height: 0; } .table { overflow-x: auto; }
 td, th { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; }
-code, pre { font: .875em/1.5 ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, monospace; }
-:is(p, li, td) > code { background: var(--soft); border-radius: .35rem; padding: .1em .35em; }
-pre { margin: 0; padding: .8rem 1rem; overflow: auto; overflow-wrap: normal; } pre code { font: inherit; }
-.code { margin: .5rem 0 .9rem; background: var(--side); overflow: hidden; }
-.code > div { padding: .3rem .4rem .3rem 1rem; border-bottom: 1px solid var(--line); }
-.code button, #send { margin-left: auto; }
-summary { padding: .45rem .9rem; cursor: pointer; }
-summary::before { content: ""; padding: .25rem; border-radius: 50%; border: 2px solid var(--muted); }
-.done > summary::before { border-color: var(--accent); background: var(--accent); }
-.tool:has(> :not(summary)) > summary::after { content: "\25BE"; margin-left: auto; color: var(--muted); }
+code, pre { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; } table { border-collapse: collapse; }
+pre { margin: 0; padding: .8rem 1rem; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
+.code { background: var(--side); } .code > div { padding: .3rem .4rem .3rem 1rem; }
+.code button, #send { margin-left: auto; } summary { padding: .45rem .9rem; cursor: pointer; }
 .tool > :not(summary) { margin: .2rem .9rem .7rem; }
-.tool pre { padding: 0; max-height: 18rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
 .warning { border-left-color: var(--warning); } .danger { border-left-color: var(--danger); }
 fieldset > div + * { margin-top: .9rem; } fieldset button { margin-right: .5rem; }
-.retry { margin-left: 1rem; }
-.item:has(~ .item:not(:empty)) .retry, [aria-busy=true] .retry { display: none; }
-/* Widgets */
-.card, .list { max-width: 34rem; border-radius: 1rem; } .card { padding: 1rem; }
-.card, .col { display: flex; flex-direction: column; gap: .5rem; min-width: 0; }
-.list > * { padding: .6rem 1rem; } .list > * + * { border-top: 1px solid var(--line); }
-.widget * { max-width: 100%; } .widget :is(p, h3) { margin: 0; line-height: 1.5; }
-.widget :is(button, .badge) { flex: none; } .row:has(> button) { flex-wrap: wrap; }
-:is(.card, .col) > button { align-self: flex-start; } .head { font-weight: 600; }
-.badge { border-radius: .4rem; padding: 0 .5rem; font-size: .8rem; background: var(--soft); }
-.entry[role] { cursor: pointer; outline-offset: -3px; } .widget[aria-busy=true] { opacity: .6; }
-.spacer { flex: 1; } .end { justify-content: flex-end; }
-hr { width: 100%; border: 0; border-top: 1px solid var(--line); margin: .3rem 0; }
+.card, .col { display: flex; flex-direction: column; gap: .5rem; min-width: 0; } .card { padding: 1rem; }
+.card, .list { max-width: 34rem; } .list > * { padding: .6rem 1rem; } .row:has(> button) { flex-wrap: wrap; }
+.list > * + * { border-top: 1px solid var(--line); } .spacer { flex: 1; } .widget * { max-width: 100%; }
+.widget :is(p, h3, hr) { margin: 0; } :is(.card, .col) > :is(button, .badge) { align-self: flex-start; }
+.widget :is(button, .badge) { flex: none; } hr { width: 100%; border-color: var(--line); }
+.badge { border-radius: .4rem; padding: 0 .5rem; background: var(--soft); }
+.item[aria-busy=true] { opacity: .6; } .entry[role] { cursor: pointer; }
 /* The composer */
 #composer p { margin-bottom: .5rem; } #problem { color: var(--danger); } #locked { color: var(--warning); }
-#box { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem; padding: .4rem; }
-#box:focus-within { border-color: var(--accent); } #box select { max-width: 35%; }
-#input { flex: 1; border: 0; outline: 0; resize: none; max-height: 40dvh; padding: .35rem .6rem; }
-#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #files:empty { display: none; }
-#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; } #note { text-align: center; }
+#box { flex-wrap: wrap; gap: .3rem; padding: .4rem; } #box:focus-within { border-color: var(--accent); }
+#input { flex: 1; border: 0; outline: 0; padding: .35rem .6rem; } #box select { border: 0; max-width: 35%; }
+#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #note { text-align: center; }
+#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; }
 #announce { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-dialog { width: min(26rem, 90vw); padding: 1.4rem; margin: auto; } dialog div { margin-top: 1.2rem; }
-#field { field-sizing: content; max-height: 50dvh; resize: none; } .secret { -webkit-text-security: disc; }
-</style>
-</head>
-<body>
-<nav id="sidebar" class="panel" popover aria-label="Conversations"><b id="brand"></b>
-  <a href="#/"><b>+ New conversation</b></a>
+</style></head><body>
+<nav id="sidebar" popover aria-label="Conversations"><b id="brand"></b><a href="#/">+ New conversation</a>
   <input id="search" type="search" placeholder="Search" aria-label="Search conversations" autocomplete="off">
-  <ul id="list"></ul><p id="nothing" class="quiet" role="status"></p>
-</nav>
-<main>
-  <header><button id="menu" popovertarget="sidebar" aria-label="Conversations">&#9776;</button>
-    <h1 id="title"></h1><span id="model" title="The model that answers" hidden></span>
-    <span id="actions"><button id="rename">Rename</button><button id="save">Export</button>
-      <button id="remove">Delete</button></span></header>
+  <ul id="list"></ul><p id="nothing" class="quiet" role="status"></p></nav>
+<main><header><button id="menu" popovertarget="sidebar" aria-label="Conversations">&#9776;</button>
+    <h1 id="title"></h1><span id="model" class="quiet" title="The model that answers" hidden></span>
+    <span id="actions"><button id="rename">Rename</button><button id="save">Export</button><button
+      id="remove">Delete</button></span></header>
   <p id="banner" role="status" hidden></p>
   <div id="scroller" role="log" aria-live="off" aria-label="Messages" tabindex="0">
-    <div id="welcome" hidden><h2 id="greeting"></h2><div id="tries"></div></div>
-    <div id="log"></div><p id="thinking" class="quiet" hidden></p>
-  </div>
-  <div id="composer">
-    <p id="problem" role="alert" hidden></p><p id="locked" role="status" hidden></p>
+    <div><div id="welcome" hidden><h2 id="greeting"></h2><div id="tries"></div></div>
+      <div id="log"></div><p id="thinking" class="quiet" hidden></p></div></div>
+  <div id="composer"><p id="problem" role="alert" hidden></p><p id="locked" role="status" hidden></p>
     <div id="box"><ul id="files" class="chips"></ul>
       <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autofocus></textarea>
       <button id="attach">Attach</button><input id="file" type="file" multiple hidden aria-label="Files">
       <select id="models" aria-label="Model" hidden></select>
       <select id="tools" aria-label="Tool" hidden></select><button id="send" class="primary"></button></div>
     <p id="note" class="quiet" hidden>This is the built-in demo. To use a real model, set OPENAI_API_KEY,
-      GEMINI_API_KEY or CHATKIT_MODEL and start again.</p>
-  </div>
-</main>
-<dialog id="dialog" aria-labelledby="question"><form method="dialog">
-  <h2 id="question"></h2><p id="explanation"></p>
-  <textarea id="field" rows="1" aria-labelledby="question" autocomplete="off"></textarea>
-  <div class="row end"><button id="no" type="button">Cancel</button>
-    <button id="yes" class="primary" value="yes">OK</button></div>
-</form></dialog>
-<p id="announce" role="status"></p>
-<script>
-"use strict";
-// A whole client; no library, no build. What is stored is drawn as it is loaded, again after each event that
-// changed it; only text comes word by word. ITEMS draws what a conversation consists of, WIDGETS a widget.
+      GEMINI_API_KEY or CHATKIT_MODEL and start again.</p></div></main><p id="announce" role="status"></p>
+<script>"use strict";
+// A whole client; no library, no build. What is stored is drawn as it is loaded, and again after each event.
 const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
-const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-let shown = {}; // the open conversation: its id (null: not begun), title, whether it is busy or loading, ...
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms)), THINKING = "Thinking…\n";
+let polling = null, config = {}, shown = {}; // the open conversation: its id, title, whether it is busy, ...
 // Every node is made here, of properties and text. Nothing is parsed as HTML, so nothing written can run.
 function el(tag, props, ...children) { // "p.quiet" is a p of the class quiet
   const [name, className = ""] = tag.split("."), node = document.createElement(name);
@@ -4728,52 +4545,34 @@ function el(tag, props, ...children) { // "p.quiet" is a p of the class quiet
 const quiet = (text, tag = "p") => text && el(`${tag}.quiet`, {}, text);
 const show = (node, text) => Object.assign(node, { textContent: text, hidden: !text });
 const complain = ({ message }) => show(page.problem, message);
-const link = (href, ...label) => el("a", { href, target: "_blank", rel: "noopener" }, label);
-const push = (label, onclick) => el("button", { type: "button", onclick }, label);
-
+const link = (href, ...label) => href ? el("a", { href, target: "_blank", rel: "noopener" }, label) : label;
+const push = (label, onclick, props) => el("button", { type: "button", onclick, ...props }, label);
 // ---------- Requests ----------
 const tokenKey = `chatkit token ${base}`; // in sessionStorage, which is this tab's alone
-let asking = null, polling = null, config = {};
-// Every request, with the token if there is one. Throws: an error with a status is the server's refusal.
-async function api(path, method = "GET", body) {
-  const isForm = body instanceof FormData;
+async function api(path, method = "GET", body) { // throws: an error with a status is the server's refusal
+  const isForm = body instanceof FormData, headers = isForm ? {} : { "Content-Type": "application/json" };
+  const options = { method, headers, body: isForm ? body : JSON.stringify(body), cache: "no-store" };
   for (;;) {
-    const token = sessionStorage.getItem(tokenKey), headers = {};
+    const token = sessionStorage.getItem(tokenKey);
     if (token) headers.Authorization = `Bearer ${token}`;
-    if (!isForm) headers["Content-Type"] = "application/json";
-    const options = { method, headers, body: isForm ? body : JSON.stringify(body), cache: "no-store" };
     const response = await fetch(base + path, options), { status } = response;
     if (response.ok) return response;
     const { detail = `The server's status is ${status}.` } = await response.json().catch(() => ({}));
     if (status !== 401) throw Object.assign(new Error(detail), { status });
-    // One question for all requests that are refused together, and none if the token has changed meanwhile.
-    if (token === sessionStorage.getItem(tokenKey)) await (asking ??= askToken(token && detail));
+    if (token !== sessionStorage.getItem(tokenKey)) continue; // another request has asked meanwhile
+    const given = prompt(token ? detail : "This server asks for a token. It stays in this tab.");
+    if (given === null) throw Error(complain({ message: "To give one, load the page again." }).textContent);
+    sessionStorage.setItem(tokenKey, given.replace(/[^!-~]/g, "")); // what a header can carry
   }
 }
 const getJson = async (path) => (await api(path)).json();
 const here = (path = "") => `api/conversations/${shown.id}${path}`;
 const operate = (type, params) => // in ChatKit's dialect
   api("chatkit", "POST", { type, params: { thread_id: String(shown.id), ...params } });
-async function askToken(reason) {
-  const given = await ask("This server asks for a token", reason || "It stays in this tab.", "", "secret");
-  sessionStorage.setItem(tokenKey, (given ?? "").replace(/[^!-~]/g, "")); // what a header can carry
-  asking = null;
-}
-// Resolves to what was given in the dialog, or to null if it was left. Without a value there is no field.
-const ask = (title, text, value, className = "") => new Promise((resolve) => {
-  show(page.question, title);
-  show(page.explanation, text);
-  Object.assign(page.field, { className, value: value ?? "", hidden: value === undefined });
-  page.dialog.returnValue = "";
-  page.dialog.onclose = () => resolve(page.dialog.returnValue ? page.field.value : null);
-  page.dialog.showModal();
-  page.field.select();
-});
-page.no.onclick = () => page.dialog.close();
 // Waits until the server is there, and takes what it offers. All who wait share one poll.
 const serverBack = () => polling ??= (async () => {
   for (let pause = 400; !await getJson("health").catch(() => null); pause = Math.min(5000, pause * 2)) {
-    show(page.banner, "The server does not answer. Trying again\u2026");
+    show(page.banner, "The server does not answer. Trying again…");
     await sleep(pause);
   }
   show(page.banner, polling = null);
@@ -4790,41 +4589,32 @@ function configure(given) {
   show(page.model, page.models.hidden && model);
   setThread({});
 }
-// Server-sent events by hand, as EventSource can neither POST nor send a token. A plain stream ends at
-// [DONE], ChatKit's by closing. Throws where its view is given, and it breaks off or is silent for a minute.
+// A plain stream ends at [DONE], ChatKit's, which has no view, by closing. What breaks off before, throws.
 async function* readEvents(response, view) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   if (view) view.reader = reader;
   for (let buffer = "", read = {}; !read.done;) {
     const silence = setTimeout(() => reader.cancel(), 60_000);
     read = await reader.read().finally(() => clearTimeout(silence));
-    const blocks = (buffer + (read.value ?? "")).split("\n\n");
-    buffer = blocks.pop();
-    for (const [data] of blocks.map((block) => /(?<=^data: )[^\n]+/m.exec(block) ?? [])) {
-      if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
-    }
+    const lines = (buffer + (read.value ?? "")).split("\n");
+    buffer = lines.pop();
+    for (const line of lines.filter((each) => each.startsWith("data: ")))
+      if (line === "data: [DONE]") return; else yield JSON.parse(line.slice(6));
   }
   if (view) throw new Error("The stream broke off");
 }
-async function download(path, name) {
-  const href = URL.createObjectURL(await (await api(path)).blob());
-  el("a", { href, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(href), 60_000);
-}
-
-// ---------- Markdown: the common subset, as nodes ----------
-// BLOCKS and SPANS say what a text and a line of it consist of: a pattern, and how what it caught is drawn.
+const download = async (path, name) =>
+  el("a", { href: URL.createObjectURL(await (await api(path)).blob()), download: name }).click();
+// ---------- Markdown: what a text and a line consist of, and how what a pattern caught is drawn ----------
 const ITEM = "[ \\t]*(?:[-*+]|\\d{1,9}[.)]) ", BEGIN = `${ITEM}|#{1,6} |>|\\||[ \\t]*(?:\`{3}|~{3})`;
 const nested = (tag) => (text) => el(tag, {}, inline(text));
 const BLOCKS = [
   [/^([ \t]*)(?<fence>`{3,}|~{3,})([^`\n]*)$\n?([^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))/, codeBlock],
   [/^(#{1,6}) (.+)$/, (marks, text) => nested(`h${Math.min(6, marks.length + 2)}`)(text)],
   [/((?:^>(?![> ]{16}).*\n?)+)/, (text) => el("blockquote", {}, blocks(text.replace(/^> ?/gm, "")))],
-  [/((?:^\|.*\n?)+)/, (text) => tableOf(text.trimEnd().split("\n"))],
+  [/((?:^\|.*\n?)+)/, tableOf],
   [new RegExp(`(^${ITEM}.*(?:\\n\\s*(?=${ITEM}|[ \\t]{2,}\\S).*|\\n(?!${BEGIN}).*\\S.*)*)`), listOf],
-  [new RegExp(`(^.*\\S.*(?:\\n(?!${BEGIN}).*\\S.*)*)`), nested("p")],
-];
+  [new RegExp(`(^.*\\S.*(?:\\n(?!${BEGIN}).*\\S.*)*)`), nested("p")]];
 const SPANS = [
   [/\\([!-/:-@[-`{-~])/, (text) => text],
   [/(?<!`)(?<ticks>`{1,2})(?!`)(.+?)(?<!`)\k<ticks>(?!`)/, (ticks, text) => el("code", {}, text)],
@@ -4832,39 +4622,28 @@ const SPANS = [
   [/\*\*(?=\S)(.+?)\*\*(?!\*)/, nested("strong")], [/(?<!\w)__(?=\S)(.+?)__(?!\w)/, nested("strong")],
   [/\*(?=[^\s*])([^*]*[^\s*])\*/, nested("em")], [/(?<!\w)_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, nested("em")],
   [/!\[([^[\]]*)\]\(([^\s()]+)[^()\n]*\)/, (alt, src) => picture(src, alt)],
-  [/\[\^(\d+)\](?:\((https?:\/\/[^\s()]+)\))?/, // the number of a source, see cited()
-    (number, href) => el("sup", {}, href ? link(href, number) : number)],
+  [/\[\^(\d+)\](?:\((https?:\/\/[^\s()]+)\))?/, (number, href) => el("sup", {}, link(href, number))],
   [/\[([^[\]]+)\]\((https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/, (label, href) => link(href, inline(label))],
   [/(\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/, (href) => link(href, href)],
-];
-const anyOf = (table, flags) =>
-  new RegExp(table.map(([{ source }], i) => `(?<is${i}>${source})`).join("|"), flags);
-const BLOCK = anyOf(BLOCKS, "gm"), SPAN = anyOf(SPANS, "gs");
-function drawMatch(table, flags, { 0: whole, groups }) {
-  const [{ source }, drawing] = table.find((_, i) => groups[`is${i}`] !== undefined);
-  return drawing(...new RegExp(source, flags).exec(whole).slice(1));
-}
-function inline(text) {
-  let end = 0;
-  return [...text.matchAll(SPAN)].flatMap((match) => {
-    const before = text.slice(end, match.index);
-    end = match.index + match[0].length;
-    return [before, drawMatch(SPANS, "s", match)];
-  }).concat(text.slice(end));
-}
-const blocks = (text) => [...text.matchAll(BLOCK)].map((match) => drawMatch(BLOCKS, "m", match));
-function paint(node, text) { // of a text that grows, only the last block is made anew
-  const found = [...text.replaceAll("\r", "").matchAll(BLOCK)];
-  while (node.children.length > found.length) node.lastChild.remove();
-  found.forEach((match, i) => {
-    const old = node.children[i], [source] = match;
-    if (old?.source === source) return;
-    node.insertBefore(Object.assign(drawMatch(BLOCKS, "m", match), { source }), old ?? null);
-    old?.remove();
+  [/((?:(?!\bhttps?:)[^\\`~*_![])+|.)/, (text) => text]];
+const finder = (table, flags) => { // finds what a text consists of, with what draws each
+  const any = new RegExp(table.map(([{ source }], i) => `(?<is${i}>${source})`).join("|"), `g${flags}`);
+  return (text) => [...text.matchAll(any)].map(({ 0: source, groups }) => {
+    const [pattern, drawing] = table.find((_, i) => groups[`is${i}`] !== undefined);
+    return { source, make: () => drawing(...new RegExp(pattern, flags).exec(source).slice(1)) };
   });
+};
+const findBlocks = finder(BLOCKS, "m"), findSpans = finder(SPANS, "s");
+const blocks = (text) => findBlocks(text).map(({ make }) => make());
+const inline = (text) => findSpans(text).map(({ make }) => make());
+function paint(node, text) { // of a text that grows, only what changed is made anew
+  const found = findBlocks(text.replaceAll("\r", "")), old = [...node.children];
+  const same = [...found, {}].findIndex(({ source }, i) => !source || source !== old[i]?.source);
+  for (const each of old.slice(same)) each.remove();
+  node.append(...found.slice(same).map(({ source, make }) => Object.assign(make(), { source })));
   return node;
 }
-const markdown = (text = "") => paint(el("div.md", {}), text);
+const markdown = (text = "") => paint(el("div.md"), text);
 function listOf(text) { // an item's first line, and what is indented below it
   const [, indent, start] = /^([ \t]*)(\d*)/.exec(text), deeper = `(?![ \\t]{${indent.length + 2}})`;
   const items = text.split(new RegExp(`\\n\\s*?(?=^${deeper}${ITEM})`, "m"));
@@ -4873,140 +4652,107 @@ function listOf(text) { // an item's first line, and what is indented below it
     return el("li", {}, inline(first), blocks(rest));
   }));
 }
-function tableOf(lines) {
-  const [head, rule, ...rows] = lines.map((line) => line.replace(/^\||\| *$/g, "").split(/(?<!\\)\|/));
-  if (!rule?.every((cell) => /^ *:?-+:? *$/.test(cell))) return nested("p")(lines.join("\n"));
-  return grid([head, ...rows].map((row) => row.map((cell) => inline(cell.trim().replaceAll("\\|", "|")))));
+const table = (rows) => el("div.table", { tabIndex: 0 }, el("table", {}, rows));
+const grid = (rows) =>
+  table(rows.map((row, i) => el("tr", {}, row.map((cell) => el(i ? "td" : "th", {}, cell)))));
+function tableOf(text) {
+  const rows = text.trimEnd().split("\n").map((row) => row.replace(/^\||\| *$/g, "").split(/(?<!\\)\|/));
+  const isTable = rows[1] && rows.splice(1, 1)[0].every((cell) => /^ *:?-+:? *$/.test(cell));
+  return !isTable ? nested("p")(text)
+    : grid(rows.map((row) => row.map((cell) => inline(cell.trim().replaceAll("\\|", "|")))));
 }
-const cells = (tag, row) => el("tr", {}, row.map((cell) => el(tag, {}, cell)));
-const table = (...rows) => el("div.table", { tabIndex: 0 }, el("table", {}, rows));
-const grid = ([head, ...rows]) => table(cells("th", head), rows.map((row) => cells("td", row)));
 function codeBlock(indent, fence, language, text) {
   const code = `\n${text}`.replaceAll(`\n${indent}`, "\n").slice(1).replace(/\n$/, "");
-  const head = el("div.quiet", {}, language.trim() || "code", copier(code));
-  return el("div.code", {}, head, el("pre", { tabIndex: 0 }, el("code", {}, code)));
+  return el("div.code", {}, el("div.quiet", {}, language.trim() || "code", copier(code)),
+    el("pre", { tabIndex: 0 }, el("code", {}, code)));
 }
-const copier = (text) => push("Copy", async ({ currentTarget: button }) => { // plain http has no clipboard
-  const copied = await navigator.clipboard?.writeText(text).then(() => "Copied", () => null);
-  button.textContent = copied ?? "No clipboard";
+const copier = (text) => push("Copy", async ({ target: node }) => { // plain http has no clipboard
+  node.textContent = await navigator.clipboard?.writeText(text).then(() => "Copied", () => 0) || "Not copied";
 });
-const allowed = new Set(); // the addresses of foreign pictures that the person has asked for
-function picture(src, alt = "") {
+function picture(src, alt = "") { // one from elsewhere, once the person has asked for it
   const { origin, protocol, host, href } = URL.parse(src, location.origin + base) ?? {};
   const image = () => el("img", { alt, title: alt, src: href });
-  if (origin === location.origin || protocol === "data:" || allowed.has(href)) return image();
-  return protocol !== "https:" ? alt
-    : push(`Show picture from ${host}: ${alt}`, ({ target }) => target.replaceWith(image(allowed.add(href))));
+  if (origin === location.origin || protocol === "data:") return image();
+  const ask = push(`Show picture from ${host}: ${alt}`, () => ask.replaceWith(image()));
+  return protocol === "https:" ? ask : alt;
 }
-
 // ---------- Widgets: from the type of a component to its drawing ----------
-let drawn = ""; // the id of the widget that is being drawn, so that the fields of two are not one
-const nameOf = (name) => `${drawn}/${name}`;
+let drawn = ""; // the id of the widget that is being drawn: its fields' ids are those of no other
 const kids = ({ children = [] }) => [children].flat().filter(Boolean).map(widget);
 const stack = (tag) => (w) => el(tag, {}, w.value ?? w.label, kids(w));
-const flex = (tag) => (w) => stack(`${tag}.${w.direction === "row" ? "row" : "col"}`)(w);
+const along = (tag) => (w) => stack(`${tag}.${w.direction === "row" ? "row" : "col"}`)(w);
 const headed = ({ status }) => status && el("p.quiet", {}, mark(status.icon), status.text);
-const MARKS = { check: "\u2713", star: "\u2605", mail: "\u2709", search: "\u2315", plus: "+", info: "\u2139",
-  play: "\u25B6", phone: "\u260E", write: "\u270E", bolt: "\u26A1", reload: "\u21BB", external: "\u2197" };
-const mark = (name) => name && el("span", { title: name }, MARKS[name.split("-")[0]] ?? "\u2022", " ");
-const field = (tag, w, props, ...children) => el(tag, { id: nameOf(w.name), name: nameOf(w.name),
-  placeholder: w.placeholder ?? "", title: w.label ?? w.placeholder ?? w.name, required: Boolean(w.required),
-  disabled: Boolean(w.disabled), ...props }, children);
+const MARKS = { check: "✓", star: "★", mail: "✉", plus: "+", info: "i", play: "▶", write: "✎" };
+const mark = (name) => name && el("span", { title: name }, MARKS[name.split("-")[0]] ?? "•", " ");
+const field = (tag, { name, label, placeholder = "", required, disabled, defaultValue }, props, inner) =>
+  el(tag, { id: `${drawn}/${name}`, name, placeholder, title: label ?? (placeholder || name), required,
+    disabled, value: defaultValue ?? "", ...props }, inner ?? []);
 const ticked = (w, props) => el("label", {}, field("input", w, props), w.label);
-const day = (time = "") => time.slice(0, 10);
-const WIDGETS = {
-  __proto__: null, // so that no unknown type is found
-  Card({ asForm, confirm, cancel, ...w }) {
-    const no = cancel && widget({ type: "Button", label: cancel.label, onClickAction: cancel.action });
-    const yes = confirm && WIDGETS.Button({ label: confirm.label, style: "primary", submit: true });
-    return el(asForm || confirm ? "form.card" : "div.card", { onsubmit: confirm && acting(confirm.action) },
-      headed(w), kids(w), (no || yes) && el("div.row end", {}, no, yes));
-  },
+const WIDGETS = { __proto__: null, // so that no unknown type is found
+  Card: ({ confirm, cancel, ...w }) => el("div.card", {}, headed(w), kids(w), el("div.row", {},
+    confirm && WIDGETS.Button({ label: confirm.label, style: "primary", submit: true }),
+    cancel && widget({ type: "Button", label: cancel.label, onClickAction: cancel.action }))),
   ListView({ limit, ...w }) {
     const items = kids(w), rest = items.splice(limit > 0 ? limit : limit === "auto" ? 10 : items.length);
     const more = el("div", {}, push(`Show ${rest.length} more`, () => more.replaceWith(...rest)));
     return el("div.list", {}, headed(w), items, rest.length > 0 && more);
   },
   ListViewItem: (w) => el("div.entry", w.onClickAction && { role: "button", tabIndex: 0 }, kids(w)),
-  Basic: stack("div.col"), Col: stack("div.col"), Row: stack("div.row"), Box: flex("div"), Form: flex("form"),
-  Title: stack("h3"), Caption: stack("p.quiet"), Badge: stack("span.badge"), Spacer: stack("div.spacer"),
-  Text: (w) => w.editable ? field("input", w.editable, { value: w.value }) : el("p", {}, w.value),
-  Label: ({ value, fieldName }) => el("label", { htmlFor: nameOf(fieldName) }, value),
-  Icon: ({ name }) => mark(name), Image: ({ src, alt }) => picture(src, alt),
-  Markdown: ({ value }) => markdown(value), Divider: stack("hr"),
-  Button: ({ label, iconStart, iconEnd, style = "", submit, disabled = false }) => el("button",
-    { className: style, type: submit ? "submit" : "button", disabled, title: label ?? iconStart },
-    mark(iconStart), label, mark(iconEnd)),
-  Checkbox: (w) => ticked(w, { type: "checkbox", checked: Boolean(w.defaultChecked) }),
-  RadioGroup: ({ options = [], defaultValue: chosen, ...w }) => flex("div")({ ...w, children: options.map(
-    ({ value, label }) => ({ ...w, type: "Radio", value, label, checked: value === chosen })) }),
-  Radio: ({ value, checked, ...w }) => ticked(w, { type: "radio", value, checked }),
-  Select: ({ options = [], defaultValue = "", ...w }) => field("select", w, {},
-    [{ value: "", label: w.placeholder ?? "" }, ...options].map(({ value, label, disabled = false }) =>
-      el("option", { value, disabled, selected: value === defaultValue }, label))),
-  Input: (w) => field("input", w, { type: w.inputType ?? "text", value: w.defaultValue ?? "" }),
-  Textarea: (w) => field("textarea", w, { rows: w.rows ?? 3, value: w.defaultValue ?? "" }),
-  DatePicker: (w) =>
-    field("input", w, { type: "date", value: day(w.defaultValue), min: day(w.min), max: day(w.max) }),
+  Basic: stack("div.col"), Col: stack("div.col"), Row: stack("div.row"), Spacer: stack("div.spacer"),
+  Box: along("div"), Form: along("form"), Title: stack("h3"), Caption: stack("p.quiet"), Divider: stack("hr"),
+  Badge: stack("span.badge"), Image: ({ src, alt }) => picture(src, alt),
+  Text: (w) => w.editable ? field("input", { ...w.editable, defaultValue: w.value }) : el("p", {}, w.value),
+  Markdown: (w) => markdown(w.value), Icon: ({ name }) => mark(name),
+  Label: ({ value, fieldName }) => el("label", { htmlFor: `${drawn}/${fieldName}` }, value),
+  Button: ({ label, iconStart, iconEnd, style = "", submit, disabled }) => el(`button.${style}`, { disabled,
+    type: submit ? "submit" : "button", title: label ?? iconStart }, mark(iconStart), label, mark(iconEnd)),
+  Checkbox: (w) => ticked(w, { type: "checkbox", checked: w.defaultChecked }),
+  RadioGroup: ({ options = [], ...w }) => el("div.row", {}, options.map(({ value, label }) =>
+    ticked({ ...w, label }, { type: "radio", value, checked: value === w.defaultValue }))),
+  Select: ({ options = [], ...w }) => field("select", w, {}, [{ value: "", label: w.placeholder }, ...options]
+    .map(({ value, label, disabled }) => el("option", { value, disabled }, label))),
+  Input: (w) => field("input", w, { type: w.inputType ?? "text" }), Textarea: (w) => field("textarea", w),
+  DatePicker: (w) => field("input", w, { type: "date", value: w.defaultValue?.slice(0, 10) ?? "" }),
   Chart: ({ data = [], series = [], xAxis }) => grid([
     ["", ...series.map(({ label, dataKey }) => label ?? dataKey)],
     ...data.map((row) => [row[xAxis?.dataKey ?? xAxis], ...series.map(({ dataKey }) => row[dataKey])])]),
-  Table: (w) => table(kids(w)), "Table.Cell": stack("td"),
-  "Table.Row": (w) => stack(w.header ? "tr.head" : "tr")(w),
-};
-const COLOURS = { secondary: "muted", success: "accent", warning: "warning", danger: "danger" };
-const FONTS = { xs: ".8rem", sm: ".9rem", lg: "1.2rem", xl: "1.4rem", "2xl": "1.6rem", "3xl": "1.8rem" };
-const WEIGHTS = { medium: 500, semibold: 600, bold: 700 };
-const SIZES = ["flex", "width", "height", "minWidth", "maxWidth", "textAlign"];
-const px = (value, unit = 1) => typeof value === "number" ? `${value * unit}px` : value ?? "";
-// Draws a component, one of an unknown type as its text and children. Its sizes and colours go through CSSOM,
-// which leaves out what it does not know; none of these loads anything.
-function widget(w) {
-  const node = (WIDGETS[w.type] ?? stack("div.col"))(w), { style = {} } = node;
-  const { x = 0, y = 0 } = Object(w.padding) === w.padding ? w.padding : { x: w.padding, y: w.padding };
-  for (const name of SIZES) style[name] = px(w[name]);
-  if (typeof w.size === "number") style.width = style.height = px(w.size);
-  Object.assign(style, { gap: px(w.gap, 4), padding: w.padding && `${px(y, 4)} ${px(x, 4)}`,
-    alignItems: w.align, justifyContent: w.justify?.replace(/^(between|around|evenly)$/, "space-$1"),
-    background: w.background && "var(--side)", borderRadius: w.radius && ".6rem", flexWrap: w.wrap,
-    color: COLOURS[w.color] && `var(--${COLOURS[w.color]})`, fontSize: w.value && FONTS[w.size],
-    fontWeight: WEIGHTS[w.weight], fontStyle: w.italic && "italic",
-    textDecoration: w.lineThrough && "line-through" });
+  Table: (w) => table(kids(w)), "Table.Row": stack("tr"), "Table.Cell": stack("td") };
+const px = (value, unit = 1) => typeof value === "number" ? `${value * unit}px` : value;
+// Its looks go through CSSOM, which leaves out what it does not know; none of these loads anything.
+function widget({ size, width = size, height = size, padding, ...w }) {
+  const node = (WIDGETS[w.type] ?? stack("div.col"))(w);
+  Object.assign(node.style ?? {}, { width: px(width), height: px(height), flex: w.flex, gap: px(w.gap, 4),
+    paddingBlock: px(padding?.y ?? padding, 4), paddingInline: px(padding?.x ?? padding, 4),
+    alignItems: w.align, justifyContent: w.justify?.replace(/between|around|evenly/, "space-$&"),
+    color: w.color && `var(--${w.color})`, background: w.background && "var(--side)", textAlign: w.textAlign,
+    fontSize: w.value && { sm: "small", lg: "large", xl: "x-large" }[size], fontStyle: w.italic && "italic",
+    fontWeight: w.weight?.replace("semi", ""), textDecoration: w.lineThrough && "line-through" });
   for (const kind of ["Click", "Change", "Submit"])
     if (w[`on${kind}Action`]) node[`on${kind.toLowerCase()}`] = acting(w[`on${kind}Action`]);
   return node;
 }
 const CONTROLS = "a, button, label, input, select, textarea, [role=button]";
 // Sends what was done in a widget, with the values of the fields around it, and draws what comes of it.
-const acting = ({ type, payload, handler }) => async (event) => {
-  const { target, currentTarget: node } = event, view = shown, fields = {}, item = node.closest(".widget");
-  const own = target.closest(CONTROLS); // in an entry that is clicked, another one perhaps
-  if (event.type === "click" && own !== node) return;
+const acting = ({ type, payload, handler }) => (event) => {
+  const { target, currentTarget: node } = event, view = shown, fields = {}, item = node.closest(".item");
+  if (event.type === "click" && target.closest(CONTROLS) !== node) return; // another one within an entry
   event.stopPropagation();
   if (handler === "client") return complain({ message: `“${type}” is for a frontend of yours.` });
-  const around = node.closest("form, .entry, .card") ?? node.parentNode;
-  for (const { name, type, value, checked } of around.querySelectorAll("[name]"))
-    if (type !== "radio" || checked) fields[name.split("/")[1]] = type === "checkbox" ? checked : value;
+  for (const { name, type, value, checked } of node.closest("form, .entry").querySelectorAll("[name]"))
+    if (type !== "radio" || checked) fields[name] = type === "checkbox" ? checked : value;
   const action = { type, payload: Object.keys(fields).length ? { ...payload, ...fields } : payload };
   item.ariaBusy = "true";
-  try {
-    const response = await operate("threads.custom_action", { item_id: item.dataset.id, action });
-    for await (const event of readEvents(response))
-      if (view.id === shown.id) await EVENTS[event.type]?.(event);
-  } catch (error) {
-    complain(error);
-  }
-  item.ariaBusy = "false";
+  operate("threads.custom_action", { item_id: String(item.row.id), action }).then(async (response) => {
+    for await (const told of readEvents(response)) if (view.id === shown.id) await happen(told);
+  }).catch(complain).finally(() => { item.ariaBusy = "false"; });
 };
 page.log.addEventListener("submit", (event) => event.preventDefault(), true); // what is sent, a script sends
-
 // ---------- Items: from the type of a stored item to its drawing ----------
 const nodeOf = (id) => document.getElementById(`item-${id}`);
 const rowsShown = () => [...page.log.children].flatMap(({ row }) => row ?? []);
 function draw(row) { // new or changed; at most once per frame
-  const after = () => [...page.log.children].find((each) => each.row?.id > row.id) ?? null;
-  const node = nodeOf(row.id) ?? page.log.insertBefore(el("div.item", { id: `item-${row.id}` }), after());
-  page.welcome.hidden = true;
+  const node = nodeOf(row.id) ?? page.log.insertBefore(el("div.item", { id: `item-${row.id}` }),
+    [...page.log.children].find((each) => each.row?.id > row.id) ?? null);
   node.row = { usage: node.row?.usage, ...row };
   node.frame ??= requestAnimationFrame(() => {
     const { role, item } = node.row, json = JSON.stringify(node.row);
@@ -5016,31 +4762,25 @@ function draw(row) { // new or changed; at most once per frame
   });
 }
 function renew(node, given) { // puts other nodes in; what had the focus has it again, what was open is open
-  const nodes = given.flat(Infinity).filter(Boolean), old = [...node.childNodes];
-  const same = nodes.findIndex((each, i) => each !== old[i]), open = node.querySelector("details")?.open;
+  const nodes = given.flat(Infinity).filter(Boolean), open = node.querySelector("details")?.open;
   const controls = () => [...node.querySelectorAll(`${CONTROLS}, summary`)];
   const at = controls().indexOf(document.activeElement);
-  old.slice(same < 0 ? nodes.length : same).forEach((child) => child.remove());
-  node.append(...nodes.slice(node.childNodes.length));
+  for (const old of [...node.childNodes]) if (old !== nodes[0]) old.remove(); // that is a text which grows
+  node.append(...nodes.filter((each) => each !== node.firstChild));
   if (open) node.querySelector("details").open = true;
   controls()[at]?.focus();
 }
-function cited(text, annotations = []) { // the text with the numbers of its sources, and those, each once
-  const sources = {}, key = ({ url, title }) => url ?? title, letters = [...text];
-  for (const { source } of annotations) sources[key(source)] = source;
-  const number = (source) => `[^${Object.keys(sources).indexOf(key(source)) + 1}]`;
-  for (const { index, source } of annotations.toSorted((a, b) => b.index - a.index))
-    if (index >= 0) letters.splice(index, 0, number(source), source.url ? `(${source.url})` : "");
-  return [letters.join(""), listed(Object.values(sources))];
+function cited(text, notes = []) { // the text with the numbers of its sources, and those, each once
+  const letters = [...text], keyOf = ({ url, title }) => url ?? title;
+  const sources = new Map(notes.map(({ source }) => [keyOf(source), source])), keys = [...sources.keys()];
+  for (const { index, source } of notes.toSorted((a, b) => b.index - a.index)) if (index >= 0)
+    letters.splice(index, 0, `[^${keys.indexOf(keyOf(source)) + 1}]`, source.url ? `(${source.url})` : "");
+  return [letters.join(""), listed([...sources.values()])];
 }
-const sourceOf = ({ url, title, filename }) =>
-  /^https?:/.test(url) ? link(url, title || url) : title || filename;
-const listed = (sources = []) => sources.length > 0 &&
-  el("ol.quiet", {}, sources.map((each) => el("li", {}, sourceOf(each))));
-const RUNNING = "running\u2026";
-const line = (name, state, ...body) => // what happens, in a line that opens where there is more
-  el(state === RUNNING ? "details.tool" : "details.tool done", {},
-    el("summary", {}, name, quiet(state, "span")), body);
+const listed = (sources = []) => sources.length > 0 && el("ol.quiet", {}, sources.map(
+  ({ url, title, filename }) => el("li", {}, link(/^https?:/.test(url) && url, title || filename || url))));
+const RUNNING = "running…", line = (name, state, ...body) => // what happens, and where it opens, more of it
+  el("details.tool", {}, el("summary", {}, name, " ", quiet(state, "span")), body);
 const data = (label, value) => value !== undefined && value !== "" && [quiet(label),
   el("pre", { tabIndex: 0 }, typeof value === "string" ? value : JSON.stringify(value, null, 2))];
 const called = (name, state, args, result) =>
@@ -5050,91 +4790,77 @@ const taskLine = ({ type, title, title_query, content, queries, sources, status_
     content && markdown(content), quiet(queries?.join(", ")), listed(sources));
 const fileNode = ({ id, name, preview_url: src }) =>
   src ? el("img", { src, alt: name, title: name }) : push(name, () => download(`attachments/${id}`, name));
-const ITEMS = {
-  __proto__: null,
-  user: ({ id, content }, item) => [
+const ITEMS = { __proto__: null, user: ({ id, content }, item) => [
     item?.attachments?.length > 0 && el("div.chips", {}, item.attachments.map(fileNode)),
     el("div.user", {}, item?.quoted_text && el("q", {}, item.quoted_text), content),
-    el("div.foot", {}, push("Edit", () => redo(id, content)))],
+    el("div.foot", {}, push("Edit", () => edit(id, content)))],
   assistant({ id, content, feedback }, item, node) {
     const [text, sources] = cited(content, item?.content[0].annotations), item_ids = [String(id)];
     const rate = (kind) => operate("items.feedback", { item_ids, kind }).then(load).catch(complain);
-    const thumb = (label, kind) =>
-      Object.assign(push(label, () => rate(kind)), { ariaPressed: String(feedback === kind) });
-    return [paint(node.body ??= el("div.assistant md", {}), text), sources, el("div.foot", {},
-      copier(content), thumb("Good", "positive"), thumb("Bad", "negative"),
-      push("Answer anew", () => redo(id)))];
+    const thumb = (label, kind) => push(label, () => rate(kind), { ariaPressed: String(feedback === kind) });
+    return [paint(node.body ??= el("div.assistant md"), text), sources, el("div.foot", {}, copier(content),
+      thumb("Good", "positive"), thumb("Bad", "negative"), push("Answer anew", () => redo(id)))];
   },
-  tool: ({ tool_calls: [{ name, args }], status, content }) =>
+  tool: ({ tool_calls: [{ name, args }], status, content }) => status !== "pending" && // or a question
     called(name, { done: "done", streaming: RUNNING }[status] ?? "stopped", args, content),
   client_tool_call: (row, { name, status, arguments: args, output }) =>
     called(name, status === "pending" ? "waits for a frontend that has this tool" : "done", args, output),
   task: (row, { task }) => taskLine(task),
-  workflow(row, { workflow: { type, tasks, summary, expanded } }) {
-    const took = summary && `Thought for ${summary.duration} s`;
+  workflow(row, { workflow: { type, tasks, summary, expanded: open } }) {
+    const took = summary?.duration !== undefined ? `Thought for ${summary.duration} s` : tasks.at(-1)?.title;
     const steps = tasks.map((task) => type === "reasoning" ? markdown(task.content) : taskLine(task));
-    const name = summary?.title ?? took ?? tasks.at(-1)?.title ?? "Thinking";
-    return Object.assign(line(name, summary ? "" : RUNNING, steps), { open: expanded });
+    return Object.assign(line(summary?.title ?? took ?? "Thinking", summary ? "" : RUNNING, steps), { open });
   },
-  widget({ id }, { widget: root, copy_text }) {
-    const node = el("div.widget", {}, widget(root, drawn = id));
-    node.dataset.id = id;
+  widget({ id }, { widget: root, copy_text }) { // all of it a form, which a Card confirms
+    drawn = id;
+    const node = el("form.widget", { onsubmit: root.confirm && acting(root.confirm.action) }, widget(root));
     return node.querySelector("img, input") || node.textContent ? node : quiet(copy_text);
   },
   generated_image: (row, { image }) => image && picture(image.url, "Generated picture"),
   structured_input: ({ id }, { status, inputs }) => status === "pending" ? questions(id, inputs)
     : inputs.map(({ question, answer }) =>
-      el("p.quiet", {}, el("b", {}, `${question} `), answer?.values?.join(", ") || "Skipped")),
-};
+      el("p.quiet", {}, el("b", {}, `${question} `), answer?.values?.join(", ") || "Skipped")) };
 const ENDED = { cancelled: "Stopped", interrupted: "Interrupted", failed: "The answer failed",
   blocked: "Blocked: the model is not shown this message" };
 function tail({ role, status, error, usage }) { // how the turn ended here, if it did
   const again = error?.allow_retry ?? (role === "user" || ["failed", "interrupted"].includes(status));
   const retry = again && el("button.retry", { onclick: () => begin(here("/retry")) }, "Retry");
   return [!(error && status === "failed") && quiet(ENDED[status]),
-    error ? el("div.notice danger", { role: "alert" }, error.message, retry) : retry,
-    usage && quiet(`${usage.input_tokens} tokens in, ${usage.output_tokens} out`, "span")];
+    error ? el("div.notice danger", { role: "alert" }, `${error.message} `, retry) : retry,
+    usage?.input_tokens > 0 && quiet(`${usage.input_tokens} tokens in, ${usage.output_tokens} out`, "span")];
 }
 function questions(item_id, inputs) { // what a tool asks, or, as two buttons, whether it may be called
-  const answers = {}, isApproval = ({ options }) => options?.some(({ value }) => value.startsWith("Approve"));
+  const answers = {}, body = { item_id, status: "answered", answers };
+  const isApproval = ({ options }) => options?.some(({ value }) => value.startsWith("Approve"));
+  const rest = inputs.filter((input) => !isApproval(input));
   function give(id, values) {
     answers[id] = { values };
-    const whole = inputs.every(({ id }) => answers[id]);
-    if (whole) begin(here("/answers"), { item_id, status: "answered", answers });
+    if (inputs.every(({ id }) => answers[id])) begin(here("/answers"), body);
   }
-  const button = ({ id }) => ({ value }) =>
-    push(value, ({ target }) => give(id, [value], target.parentNode.inert = true));
-  const choice = ({ id: name, multiple }) => ({ value }) => el("label", {},
-    el("input", { type: multiple ? "checkbox" : "radio", name, value, required: !multiple }), value);
+  const option = ({ id: name, multiple, options }) => ({ value }) => isApproval({ options })
+    ? push(value, ({ target }) => give(name, [value], target.parentNode.inert = true))
+    : ticked({ name, label: value, required: !multiple }, { type: multiple ? "checkbox" : "radio", value });
   const group = (input) => el("div", { role: "group", ariaLabel: input.question },
-    el("strong", {}, `${input.question}\n`), quiet(input.description),
-    input.options?.map((isApproval(input) ? button : choice)(input))
-      ?? el("textarea", { rows: 2, name: input.id, required: true, title: input.question }));
-  const rest = inputs.filter((input) => !isApproval(input)), send = el("button.primary", {}, "Send answers");
-  const form = el("form", {}, el("fieldset", {}, inputs.map(group), rest.length > 0 && send));
-  form.onsubmit = () => rest.forEach(({ id }) => give(id, new FormData(form).getAll(id)));
-  return form;
+    el("strong", {}, `${input.question}\n`), quiet(input.description), input.options?.map(option(input))
+      ?? field("textarea", { name: input.id, label: input.question, required: true }));
+  const onsubmit = ({ target }) => rest.forEach(({ id }) => give(id, new FormData(target).getAll(id)));
+  return el("form", { onsubmit },
+    el("fieldset", {}, inputs.map(group), rest.length > 0 && el("button.primary", {}, "Send answers")));
 }
-
 // ---------- What happens ----------
 async function load() { // what is stored of the conversation
   const view = shown, { messages, ...thread } = await getJson(here());
   if (view !== shown) return;
-  view.updated = thread.updated_at;
   setThread(thread);
-  // A tool that waits for the person is not shown: what they are asked is an item of its own.
-  const rows = messages.filter(({ role, status }) => role !== "tool" || status !== "pending");
-  const stored = new Set(rows.map(({ id }) => id));
-  rowsShown().forEach(({ id }) => stored.has(id) || nodeOf(id).remove());
-  for (const { id, status, content, ...row } of rows)
-    draw({ ...row, id, status, content: (status === "streaming" && view.told[id]) || content });
+  for (const { id } of rowsShown()) if (!messages.some((row) => row.id === id)) nodeOf(id).remove();
+  for (const { status, content, ...row } of messages)
+    draw({ ...row, status, content: (status === "streaming" && view.told[row.id]) || content });
+  const isAnswered = messages.some(({ status }) => status === "streaming");
+  if (isAnswered && !view.busy && !view.loading) openConversation(view.id); // by another tab, or an action
 }
-const tells = (text) => page.thinking.append(text);
-const EVENTS = { // by type: those of plain streams, and of ChatKit's what an action in a widget leads to
-  __proto__: null,
-  thread: ({ title }) => setThread({ title }),
-  thinking: ({ content }) => tells(content), progress: ({ content }) => tells(`${content}\n`),
-  progress_update: ({ text }) => tells(`${text}\n`),
+const tells = ({ content, text = content }) => show(page.thinking, `${page.thinking.textContent}${text}\n`);
+const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_update: tells,
+  thinking: () => show(page.thinking, page.thinking.textContent || THINKING), "thread.item.updated": () => {},
   text({ content, message_id: id }) { // is told from its beginning, while what was loaded may be ahead
     const told = shown.told[id] = (shown.told[id] ?? "") + content, row = nodeOf(id)?.row;
     if (told.length > (row?.content.length ?? -1)) draw({ ...row, id, role: "assistant", content: told });
@@ -5143,208 +4869,172 @@ const EVENTS = { // by type: those of plain streams, and of ChatKit's what an ac
     page.log.append(el(`div.item notice ${level}`, {}, title && el("b", {}, `${title}\n`), inline(message))),
   error: ({ message }) => show(page.problem, message ?? "Something went wrong."),
   async done({ status, usage }) { // told to screen readers once, at the end, and not word by word
-    await load();
-    const last = rowsShown().at(-1);
+    const last = await load().then(() => rowsShown().at(-1));
     page.announce.textContent = status === "completed" ? last?.content : status;
     if (status === "failed") show(page.problem, ""); // it stands where it happened now
     if (last) draw({ ...last, usage });
-  },
-  "thread.item.added": ({ item }) => // an answer is joined like any other one
-    item.type === "assistant_message" && !shown.busy ? openConversation(shown.id) : load(),
-};
-for (const type of ["tool_call", "tool_result", "item", "item_removed", "thread_updated", "thread.item.done",
-  "thread.item.replaced", "thread.item.removed", "thread.updated"]) EVENTS[type] = load;
+  } };
+const happen = (event) => (EVENTS[event.type] ?? load)(event); // what is told otherwise, is stored
 const BUSY = "Not sent: an answer is still being written. Wait for its end, or stop it.";
 function setBusy(view, busy) {
   view.busy = busy;
   if (view !== shown) return;
-  Object.assign(page.send, { ariaLabel: busy ? "Stop" : "Send", textContent: busy ? "\u25A0" : "\u2191" });
+  Object.assign(page.send, { ariaLabel: busy ? "Stop" : "Send", textContent: busy ? "■" : "↑" });
+  show(page.thinking, busy ? THINKING : "");
   page.log.ariaBusy = String(busy);
-  show(page.thinking, busy ? "Thinking\u2026\n" : "");
   if (page.problem.textContent === BUSY) show(page.problem, "");
   fitComposer();
 }
-// Has the server answer, a message or without one, and follows the answer. True if it went.
-async function begin(path, body, view = shown) {
+async function begin(path, body) { // has the server answer, and follows the answer; true if it went
+  const view = shown;
   if (view.busy || view.loading) return complain({ message: BUSY }) && false;
   show(page.problem, "");
-  setBusy(view, pinned = true);
+  setBusy(view, true);
+  page.scroller.scrollTop = 0;
   try {
     const response = await api(path, "POST", body);
     view.id ??= Number(response.headers.get("X-Thread-Id"));
     view === shown ? openConversation(view.id, response) : response.body.cancel(); // joined later
     return true;
-  } catch (error) {
-    show(page.problem, `Not sent: ${error.status ? error.message : "the server does not answer."}`);
+  } catch ({ status, message }) {
+    show(page.problem, `Not sent: ${status ? message : "the server does not answer."}`);
     setBusy(view, false);
-    if (view.id || !error.status) reopen(view, ""); // perhaps an answer is running that we do not know of
+    if (view.id || !status) reopen(view); // perhaps an answer is running that we do not know of
   }
 }
 async function send(message) {
-  const thread_id = shown.id ?? undefined, attachments = [...page.files.children].map(({ file }) => file?.id);
-  if (attachments.includes(undefined)) return complain({ message: "Not sent: a file is still on its way." });
-  if (!message.trim() && !attachments.length) return;
+  const { editing } = page.input, files = [...page.files.children].map(({ file }) => file?.id);
+  if (files.includes(undefined)) return complain({ message: "Not sent: a file is still on its way." });
+  if (!message.trim() && !files.length) return;
   page.input.value = message; // and there it stays until the server has it
   const [model, tool_choice] = [page.models, page.tools].map(({ value }) => value || undefined);
-  if (!await begin("chatkit", { message, thread_id, attachments, model, tool_choice })) return;
-  page.input.value = page.input.value.replace(message, "");
+  const sent = editing ? begin(here("/retry"), { message, message_id: editing })
+    : begin("chatkit", { message, thread_id: shown.id ?? undefined, attachments: files, model, tool_choice });
+  if (!await sent) return;
+  Object.assign(page.input, { value: page.input.value.replace(message, ""), editing: null }).focus();
   page.tools.value = "";
-  page.files.replaceChildren();
-  page.input.focus();
+  fitComposer(page.files.replaceChildren());
+}
+function edit(id, message) { // until what is in the box is sent, or removed
+  complain({ message: "What came after it goes when you send this message anew." });
+  Object.assign(page.input, { value: message, editing: id }).focus();
   fitComposer();
 }
-async function redo(id, old) { // has a message answered anew: this in other words, or that before an answer
-  const title = old === undefined ? "Have this answered anew?" : "Edit message";
-  const message = await ask(title, "What came after it in this conversation goes.", old);
+function redo(id) {
   const { id: message_id } = rowsShown().findLast((row) => row.role === "user" && row.id <= id);
-  if (message !== null) begin(here("/retry"), { message_id, ...(old !== undefined && { message }) });
+  if (confirm("Have this answered anew? What came after it goes.")) begin(here("/retry"), { message_id });
 }
-
 // ---------- Opening a conversation ----------
-// Shows what is stored, and follows the answer that is being written, to its end; one that is left goes on.
-async function openConversation(id, joined) {
-  const same = joined || (id && shown.id === id);
-  shown.reader?.cancel().catch(() => {});
-  const view = shown = { id, title: same && shown.title, told: {}, loading: Boolean(id) };
-  if (!same) page.log.replaceChildren(show(page.problem, "") && "");
-  if (!same) setThread({ status: "active" });
+async function openConversation(id, joined) { // shows what is stored, and follows what is being written
+  const same = joined || (id && shown.id === id), { title, reader, busy } = shown;
+  reader?.cancel().catch(() => {});
+  const view = shown = { id, title: same && title, told: {}, loading: Boolean(id) };
+  if (!same) {
+    show(page.problem, page.input.editing = null);
+    page.log.replaceChildren();
+    setThread({ status: "active" });
+  }
   page.welcome.hidden = Boolean(id);
-  setBusy(view, Boolean(joined));
+  setBusy(view, Boolean(same && busy));
   refreshList();
   if (!id) return page.input.focus();
   if (joined) history.replaceState(null, "", `#/${id}`);
-  else pinned ||= !same;
   try {
     // Joined first and loaded second, so that nothing falls in between; what comes twice has the same ids.
     const stream = joined ?? await api(here("/stream")), answering = stream.status === 200;
     await load();
     if (view !== shown) return stream.body?.cancel();
-    view.loading = false;
-    setBusy(view, answering);
+    setBusy(Object.assign(view, { loading: false }), answering);
     if (!answering) return;
     page.log.querySelectorAll(".item.notice").forEach((node) => node.remove()); // the stream tells them again
     for await (const event of readEvents(stream, view)) {
       if (view !== shown) return;
-      await EVENTS[event.type]?.(event);
-      page.thinking.hidden = !["thread", "thinking", "progress"].includes(event.type);
-      if (page.thinking.hidden) page.thinking.textContent = "Thinking\u2026\n";
+      await happen(event);
+      if (!["thread", "thinking", "progress"].includes(event.type)) show(page.thinking, "");
     }
-    setBusy(view, false);
-    refreshList();
+    refreshList(setBusy(view, false));
   } catch (error) { // what broke off is loaded and joined anew
-    if (error.status !== 404) return reopen(view, "Reconnecting\u2026");
+    if (error.status !== 404) return reopen(view);
     if (view !== shown) return;
-    complain(error);
     setBusy(Object.assign(view, { id: null, loading: false }), false); // the next message begins a new one
+    complain(error);
   }
 }
-async function reopen(view, reason) {
-  if (view === shown) show(page.banner, reason);
-  await sleep(500);
-  await serverBack();
-  refreshList();
+async function reopen(view) {
+  await sleep(500).then(serverBack).then(refreshList);
   if (view === shown && view.id) openConversation(view.id);
 }
 function setThread({ title = shown.title, status, reason }) {
   const { title: app = "ChatKit" } = config, why = reason ? `: ${reason}` : ".";
-  shown.title = title;
-  page.title.textContent = title || "New conversation";
+  page.title.textContent = (shown.title = title) || "New conversation";
   document.title = title ? `${title} \u2013 ${app}` : app;
   page.actions.hidden = !shown.id;
   if (status) show(page.locked, status !== "active" && `This conversation is ${status}${why}`);
 }
-function route() {
-  const [, token] = /^#token=([!-~]+)$/.exec(location.hash) ?? []; // an invitation
+addEventListener("hashchange", route);
+function route() { // an invitation's address brings a token along, a conversation's its id
+  const [, token, id] = /^#(?:token=([!-~]+)|\/(\d+))$/.exec(location.hash) ?? [];
   if (token) sessionStorage.setItem(tokenKey, token);
   if (token) history.replaceState(null, "", location.pathname + location.search);
-  openConversation(Number(/^#\/(\d+)$/.exec(location.hash)?.[1]) || null);
+  openConversation(Number(id) || null);
 }
-addEventListener("hashchange", route);
 page.sidebar.onclick = ({ target }) => { if (target.closest("a")) page.sidebar.hidePopover(); };
-
-// ---------- The list beside it ----------
-async function refreshList(elsewhere = false) {
+// ---------- The list and the composer ----------
+async function refreshList() {
   const query = page.search.value, path = `api/conversations?limit=100&q=${encodeURIComponent(query)}`;
   const found = await getJson(path).catch(() => null);
   if (!found || query !== page.search.value) return;
   renew(page.list, found.map(({ id, title }) => el("li", {},
     el("a", { href: `#/${id}`, title, ariaCurrent: id === shown.id ? "page" : null }, title))));
   show(page.nothing, found.length ? "" : query ? "Nothing found." : "No conversations yet.");
-  const { title, updated_at = shown.updated } = found.find(({ id }) => id === shown.id) ?? {};
+  const { title } = found.find(({ id }) => id === shown.id) ?? {};
   if (title) setThread({ title });
-  if (shown.busy || shown.loading || updated_at === shown.updated) return;
-  shown.updated = updated_at;
-  if (elsewhere) openConversation(shown.id); // it went on in another tab
 }
-addEventListener("focus", () => refreshList(true));
-page.search.oninput = () => refreshList();
+addEventListener("focus", () => { if (shown.id) load().catch(() => {}); refreshList(); }); // from another tab
+page.search.oninput = refreshList;
 const change = (method, body) => api(here(), method, body).catch(complain).finally(refreshList);
-page.rename.onclick = async () => {
-  const title = (await ask("Rename conversation", "", shown.title))?.trim();
-  if (title) change("PATCH", { title });
-};
+const rename = (title) => title?.trim() && change("PATCH", { title: title.trim() });
+page.rename.onclick = () => rename(prompt("Rename conversation", shown.title));
 page.remove.onclick = async () => {
-  const sure = await ask("Delete this conversation?", shown.title);
-  if (sure !== null && (await change("DELETE")).ok) location.hash = "#/";
+  if (confirm(`Delete “${shown.title}”?`) && (await change("DELETE")).ok) location.hash = "#/";
 };
 page.save.onclick = () => download(here("?format=markdown"), `${shown.title}.md`);
-
-// ---------- The composer and the view ----------
-let pinned = true, lastTop = 0; // the view follows the answer unless the person scrolled up
-page.scroller.onscroll = () => {
-  const { scrollTop, scrollHeight, clientHeight } = page.scroller;
-  pinned = scrollHeight - scrollTop - clientHeight < 40 || (pinned && scrollTop >= lastTop);
-  lastTop = scrollTop;
-};
-const follower = new ResizeObserver(() => pinned && page.scroller.scrollTo(0, page.scroller.scrollHeight));
-for (const node of [page.log, page.thinking, page.scroller]) follower.observe(node);
-page.log.addEventListener("click", ({ target }) => { if (target.closest("summary")) pinned = false; });
 function fitComposer() {
-  page.input.style.height = "auto";
-  page.input.style.height = `${page.input.scrollHeight}px`;
   page.send.disabled = shown.busy ? !shown.id : !page.input.value.trim() && !page.files.children.length;
 }
-page.input.oninput = fitComposer;
-const onEnter = (then) => (event) => {
-  // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-  event.preventDefault();
-  then();
+page.input.oninput = () => { // an emptied box is no message to be edited any longer
+  if (!page.input.value && page.input.editing) show(page.problem, page.input.editing = null);
+  fitComposer();
 };
-page.input.onkeydown = onEnter(() => send(page.input.value));
-page.field.onkeydown = onEnter(() => page.yes.click());
-page.log.onkeydown = ({ key, target }) => { if (key === "Enter" && target.role) target.click(); };
-page.send.onclick = () => shown.busy ? api(here("/cancel"), "POST").catch(() => {}) // 409: it is over already
-  : send(page.input.value);
+addEventListener("keydown", (event) => { // Enter sends, or does what a click would
+  const { key, target, shiftKey, isComposing, keyCode } = event;
+  // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
+  if (key !== "Enter" || shiftKey || isComposing || keyCode === 229) return;
+  if (target.role) target.click();
+  if (target === page.input) send(target.value, event.preventDefault());
+});
+page.send.onclick = () => shown.busy ? api(here("/cancel"), "POST").catch(() => {}) : send(page.input.value);
 async function attach(file) { // uploads it, to go with the next message
-  const chip = page.files.appendChild(el("li", {}, `${file.name}\u2026`)), limit = config.uploads?.max_bytes;
-  const form = new FormData(), close = push("\u00D7", () => fitComposer(chip.remove()));
+  const chip = page.files.appendChild(el("li", {}, `${file.name}…`)), form = new FormData();
+  const close = push("\u00D7", () => fitComposer(chip.remove()), { ariaLabel: `Remove ${file.name}` });
   form.append("file", file);
-  close.ariaLabel = `Remove ${file.name}`;
   try {
-    if (file.size > limit) throw new Error(`it is larger than ${Math.round(limit / 104858) / 10} MB.`);
+    if (file.size > config.uploads?.max_bytes) throw new Error("it is larger than the server takes.");
     chip.file = await (await api("attachments", "POST", form)).json();
     chip.replaceChildren(fileNode(chip.file), close);
-  } catch (error) {
-    chip.remove();
-    show(page.problem, `${file.name} is not attached: ${error.message}`);
+  } catch ({ message }) {
+    complain({ message: `${file.name} is not attached: ${message}` }, chip.remove());
   }
   fitComposer();
 }
-page.attach.onclick = () => page.file.click();
 const attachAll = ({ files }) => [...files].forEach(attach);
-page.file.onchange = () => {
-  attachAll(page.file);
-  page.file.value = "";
-};
+page.attach.onclick = () => page.file.click(page.file.value = ""); // so that the same one can be chosen again
+page.file.onchange = () => attachAll(page.file);
 addEventListener("paste", ({ clipboardData }) => attachAll(clipboardData));
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => attachAll(event.dataTransfer, event.preventDefault()));
-route();
-serverBack();
-</script>
-</body>
-</html>"""
+route(); serverBack();
+</script></body></html>"""
 
 COMPONENT_PAGE = r"""<!DOCTYPE html>
 <html lang="en">

@@ -99,10 +99,8 @@ DEADLINE = 10.0  # seconds that anything may take
 # What the environment of whoever runs the tests says must not count: a value is empty, so .env cannot set it.
 for name in [name for name in os.environ if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_"))]:
     del os.environ[name]
-os.environ |= {f"{provider}_API_KEY": "" for provider in ("OPENAI", "GEMINI", "ANTHROPIC")}
-os.environ |= dict.fromkeys(
-    ("CHATKIT_MODEL", "CHATKIT_JWT_SECRET", "BETTER_AUTH_SECRET", "OPENAI_BASE_URL"), ""
-)
+UNSET = "OPENAI_API_KEY GEMINI_API_KEY ANTHROPIC_API_KEY OPENAI_BASE_URL CHATKIT_MODEL CHATKIT_JWT_SECRET"
+os.environ |= dict.fromkeys([*UNSET.split(), "BETTER_AUTH_SECRET"], "")
 CLEAN_ENV = {**os.environ, "PYTHONPATH": str(HERE)}
 
 
@@ -111,9 +109,8 @@ def say_how_long_it_takes(request: pytest.FixtureRequest) -> None:
     """Before the first dot, also with -q."""
     plugins, tests = request.config.pluginmanager, len(request.session.items)
     long = "ten minutes" if TEST_ALL else "75 seconds at most; CHATKIT_TEST_ALL=1 runs the long ones too"
-    reporter, capture = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
-    if reporter is not None and tests > 100:
-        with capture.global_and_fixture_disabled():
+    if tests > 100 and (reporter := plugins.getplugin("terminalreporter")):
+        with plugins.getplugin("capturemanager").global_and_fixture_disabled():
             reporter.write_line(f"{tests} tests, which take two cores {long}.")
 
 
@@ -527,6 +524,7 @@ CANNOT_START = {
     "--database missing/chat.db": "Cannot use missing/chat.db as the database",
     "--database .": "Cannot use . as the database",
     "--token alice": "CHATKIT_JWT_SECRET",
+    "--model nobody/x": "nobody/x",
 }
 OPEN_TO_OTHERS = [f"--host {host}" for host in ("0.0.0.0", "::", "192.168.1.5", "my.example")]
 CANNOT_START |= dict.fromkeys(OPEN_TO_OTHERS, "CHATKIT_JWT_SECRET")
@@ -609,14 +607,6 @@ def hello() -> Iterator[Client]:
 def test_titles_are_folded_and_cut_at_fifty_characters(hello: Client) -> None:
     titles = {"a\n b": "a b", "x" * 50: "x" * 50, "x" * 51: "x" * 50 + "..."}
     assert {text: hello.send_message(text)[0]["title"] for text in titles} == titles
-
-
-def test_a_model_that_raises_ends_the_stream_properly_and_without_its_secrets() -> None:
-    with serving(scripted(["so far", RuntimeError("key sk-secret")])) as client:
-        events = client.send_message("hi")
-        assert events[-2]["message"] == "Something went wrong while answering."
-        assert events[-1]["status"] == "failed" and "sk-secret" not in str(events)
-        assert [(row["content"], row["status"]) for row in client.messages(1)[1:]] == [("so far", "failed")]
 
 
 def test_a_model_that_never_answers_is_stopped_after_some_steps() -> None:
@@ -751,20 +741,6 @@ def test_the_app_works_mounted_in_another_one_and_in_starlettes_test_client(tmp_
     assert until(lambda: our_threads() <= threads) and not (tmp_path / "chat.db-wal").exists()
 
 
-# ================================================================================================== Notebook
-
-
-async def test_events_without_a_server() -> None:
-    async with ck.Store(":memory:") as store:
-        events = [event async for event in ck.stream_agent("add buy milk", store=store)]
-        assert {"thread", "tool_call", "tool_result", "text", "done"} <= set(kinds(events))
-        thread_id = events[0]["thread_id"]
-        again = ck.stream_agent("show my tasks", store=store, conversation_id=thread_id)
-        assert "buy milk" in said([event async for event in again])
-        with pytest.raises(ck.Refused, match="Conversation not found"):
-            await anext(ck.stream_agent("x", store=store, conversation_id=99))
-
-
 def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
     def said_by(server: Any) -> str:
         with Client(base_url=server.url) as client:
@@ -787,23 +763,20 @@ def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
 
 VERSION_2 = """
 CREATE TABLE conversations (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,
-    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'locked', 'closed')),
-    status_reason TEXT, created_at TEXT NOT NULL DEFAULT '', updated_at TEXT NOT NULL DEFAULT '') STRICT;
+    status TEXT NOT NULL DEFAULT 'active', status_reason TEXT, created_at TEXT NOT NULL DEFAULT '',
+    updated_at TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX conversations_by_use ON conversations (user_id, updated_at DESC, id DESC);
 CREATE INDEX conversations_by_age ON conversations (user_id, id);
 CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT,
-    conversation_id INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE, role TEXT NOT NULL
-    CHECK (role IN ('user', 'assistant', 'tool', 'reasoning', 'widget', 'input', 'system')),
-    content TEXT NOT NULL DEFAULT '', tool_calls TEXT CHECK (tool_calls IS NULL OR json_valid(tool_calls)),
-    status TEXT NOT NULL DEFAULT 'done', feedback TEXT CHECK (feedback IN ('positive', 'negative')),
-    extra TEXT CHECK (extra IS NULL OR json_valid(extra)), created_at TEXT NOT NULL DEFAULT '') STRICT;
+    conversation_id INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE, role TEXT NOT NULL,
+    content TEXT NOT NULL, tool_calls TEXT, extra TEXT, status TEXT, feedback TEXT, created_at TEXT) STRICT;
 CREATE INDEX messages_in_order ON messages (conversation_id, id);
 CREATE INDEX messages_open ON messages (conversation_id, status) WHERE status IN ('streaming', 'pending');
 CREATE VIEW items AS SELECT m.*, c.user_id FROM messages m JOIN conversations c ON c.id = m.conversation_id;
 CREATE TRIGGER message_moves_conversation AFTER INSERT ON messages BEGIN
     UPDATE conversations SET updated_at = new.created_at WHERE id = new.conversation_id; END;
 CREATE TABLE tasks (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, title TEXT NOT NULL,
-    done INTEGER NOT NULL DEFAULT 0 CHECK (done IN (0, 1)), created_at TEXT NOT NULL DEFAULT '') STRICT;
+    done INTEGER NOT NULL DEFAULT 0, created_at TEXT NOT NULL DEFAULT '') STRICT;
 CREATE INDEX tasks_of_user ON tasks (user_id, id);
 CREATE TABLE attachments (id TEXT PRIMARY KEY, user_id TEXT NOT NULL,
     message_id INTEGER REFERENCES messages (id) ON DELETE CASCADE, key TEXT NOT NULL, name TEXT NOT NULL,
@@ -812,15 +785,13 @@ CREATE INDEX attachments_of_message ON attachments (message_id);
 CREATE INDEX attachments_unsent ON attachments (created_at) WHERE message_id IS NULL;
 CREATE VIRTUAL TABLE message_search USING fts5 (owner, body, content = '');
 CREATE VIRTUAL TABLE title_search USING fts5 (owner, body, content = '');
-CREATE TRIGGER message_found AFTER INSERT ON messages WHEN new.role IN ('user', 'assistant') BEGIN
+CREATE TRIGGER message_found AFTER INSERT ON messages BEGIN
     INSERT INTO message_search (rowid, owner, body)
     SELECT new.id, hex(user_id), new.content FROM conversations WHERE id = new.conversation_id; END;
 CREATE TRIGGER title_found AFTER INSERT ON conversations BEGIN
     INSERT INTO title_search (rowid, owner, body) VALUES (new.id, hex(new.user_id), new.title); END;
 CREATE TRIGGER title_lost BEFORE DELETE ON conversations BEGIN
-    DELETE FROM messages WHERE conversation_id = old.id;
-    INSERT INTO title_search (title_search, rowid, owner, body)
-    VALUES ('delete', old.id, hex(old.user_id), old.title); END;
+    DELETE FROM messages WHERE conversation_id = old.id; END;
 INSERT INTO conversations (id, user_id, title, status, status_reason) VALUES
     (1, 'local', 'Add milk and tea', 'active', NULL), (2, 'local', 'Ask @Ann about it', 'active', NULL),
     (3, 'local', 'Order a shirt', 'active', NULL), (4, 'local', 'It breaks', 'locked', 'Under review'),
@@ -865,50 +836,25 @@ def shown_file(file_id: str, kind: str = "file", **more: Any) -> dict[str, Any]:
 
 
 MILK, TEA = '{"id": 1, "title": "Milk", "done": false}', '{"id": 2, "title": "Tea ☕", "done": false}'
-OLD_CHECKBOX = {
-    "type": "Checkbox",
-    "name": "task_1",
-    "onChangeAction": {"type": "toggle_task", "payload": {"id": 1}},
-}
-OLD_CARD = {"type": "Card", "children": [OLD_CHECKBOX]}
+TICK_MILK = {"type": "toggle_task", "payload": {"id": 1}}
+OLD_CARD = {"type": "Card", "children": [{"type": "Checkbox", "name": "task_1", "onChangeAction": TICK_MILK}]}
 OLD_THOUGHT = {"type": "thought", "content": "Two tasks.", "status_indicator": "complete"}
+ANN = {"type": "input_tag", "id": "p1", "text": "Ann", "data": {"age": 7}, "group": "People"}
 OLD_MESSAGE = [
     {"type": "input_text", "text": "Ask "},
-    {
-        "type": "input_tag",
-        "id": "p1",
-        "text": "Ann",
-        "data": {"age": 7},
-        "group": "People",
-        "interactive": True,
-    },
+    {**ANN, "interactive": True},
     {"type": "input_text", "text": " about it"},
 ]
-SURVEY: list[dict[str, Any]] = [
-    {
-        "type": "multiple_choice",
-        "id": "size",
-        "question": "Size?",
-        "options": [{"value": "L"}],
-        "multiple": False,
-    },
-    {"type": "freeform", "id": "why", "question": "Why?", "description": "In a word"},
-]
-SKIPPED = {"values": [], "skipped": True}
-OLD_ANSWERED = [
-    {**SURVEY[0], "answer": {"values": ["L"], "skipped": False}},
-    {**SURVEY[1], "answer": SKIPPED},
-]
-NOT_ANSWERED = [{**question, "answer": SKIPPED} for question in SURVEY]
-OLD_ANSWERS = (
-    '[{"question": "Size?", "values": ["L"], "skipped": false}, {"question": "Why?", "skipped": true}]'
-)
-NO_ANSWERS = '[{"question": "Size?", "skipped": true}, {"question": "Why?", "skipped": true}]'
+WHY: dict[str, Any] = {"type": "freeform", "id": "why", "question": "Why?", "description": "In a word"}
+OLD_ANSWERED = [{**WHY, "answer": {"values": ["Cold"], "skipped": False}}]
+NOT_ANSWERED = [{**WHY, "answer": {"values": [], "skipped": True}}]
+OLD_ANSWERS = '[{"question": "Why?", "values": ["Cold"], "skipped": false}]'
+NO_ANSWERS = '[{"question": "Why?", "skipped": true}]'
 LOCATE = {"name": "get_location", "arguments": {"exact": True}}
 
 
-def old_question(state: str, inputs: Any = SURVEY) -> dict[str, Any]:
-    return {"type": "structured_input", "status": state, "inputs": inputs}
+def old_question(state: str, inputs: Any = (WHY,)) -> dict[str, Any]:
+    return {"type": "structured_input", "status": state, "inputs": [*inputs]}
 
 
 def old_location(state: str, call_id: str, **more: Any) -> dict[str, Any]:
@@ -957,12 +903,12 @@ OLD_ROWS = [
            shown=old_question("skipped", NOT_ANSWERED)),
     OldRow(3, "tool", "", ("c4", "locate", {}), {"group": "g7", "client": LOCATE}, "cancelled",
            old_task("get_location was not answered", "none")),
-    OldRow(3, "input", "", ("c5", "choose", {}), {"group": "g7", "inputs": SURVEY}, "cancelled",
+    OldRow(3, "input", "", ("c5", "choose", {}), {"group": "g7", "inputs": [WHY]}, "cancelled",
            old_question("skipped")),
     OldRow(3, "user", "Never mind"),
     OldRow(3, "tool", "", ("c6", "locate", {}), {"group": "g8", "client": LOCATE}, "pending",
            old_location("pending", "c6")),
-    OldRow(3, "input", "", ("c7", "choose", {}), {"group": "g8", "inputs": SURVEY}, "pending",
+    OldRow(3, "input", "", ("c7", "choose", {}), {"group": "g8", "inputs": [WHY]}, "pending",
            old_question("pending")),
     OldRow(4, "user", "It breaks"),
     OldRow(4, "assistant", "Half a", status="failed"),
@@ -999,18 +945,12 @@ def old_file(tmp_path: Path) -> Path:
         for number, row in enumerate(OLD_ROWS, 1):
             call = row.call and json.dumps([dict(zip(("id", "name", "args"), row.call, strict=True))])
             extra = row.extra and json.dumps(row.extra)
-            values = (row.conversation_id, row.role, row.status, row.feedback, row.content, call, extra)
-            db.execute(
-                """INSERT INTO messages (conversation_id, role, status, feedback, content, tool_calls, extra,
-                                         created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                (*values, old_time(number)),
-            )
+            text = (number, row.conversation_id, row.role, row.content, call, extra)
+            values = (*text, row.status, row.feedback, old_time(number))
+            db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
         for file_id, (row_id, *file) in OLD_FILES.items():
-            db.execute(
-                """INSERT INTO attachments (id, user_id, message_id, key, size, name, mime_type, data)
-                   VALUES (?, 'local', ?, 'k', 5, ?, ?, ?)""",
-                (file_id, row_id, *file),
-            )
+            sql = "INSERT INTO attachments VALUES (?, 'local', ?, 'k', ?, ?, 5, ?, '')"
+            db.execute(sql, (file_id, row_id, *file))
         db.executescript("UPDATE sqlite_sequence SET seq = seq + 3; PRAGMA user_version = 2")
     return tmp_path / "old.db"
 
@@ -1028,27 +968,6 @@ def shown_of(row: OldRow) -> dict[str, Any]:
     return {"type": "assistant_message", "content": text}
 
 
-@pytest.mark.parametrize("thread", TOLD)
-def test_an_older_file_is_shown_as_before(old_file: Path, thread: int) -> None:
-    """Twice: the file is brought forward once."""
-    old = {number: row for number, row in enumerate(OLD_ROWS, 1) if row.conversation_id == thread}
-    old = {number: row for number, row in old.items() if row.role != "system"}
-    for _ in range(2):
-        with serving(database=str(old_file)) as client:
-            page = client.operate("items.list", thread_id=str(thread), order="asc", limit=100)
-            rows = client.messages(thread)
-            listed = [each["id"] for each in client.get("/api/conversations").json()]
-        assert page["data"] == [
-            {"id": str(number), "thread_id": str(thread), "created_at": old_time(number)} | shown_of(row)
-            for number, row in old.items()
-        ]
-        assert [(row["id"], row["status"], row["feedback"]) for row in rows] == [
-            (number, row.status.replace("streaming", "interrupted"), row.feedback)
-            for number, row in old.items()
-        ]
-        assert listed == [4, 3, 2, 1]
-
-
 def told(item: dict[str, Any]) -> str:
     if item.get("type") == "function_call":
         return f"> {item['call_id']} {item['name']} {item['arguments']}"
@@ -1059,10 +978,27 @@ def told(item: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("thread", TOLD)
-def test_the_model_is_shown_an_older_file_as_before(old_file: Path, thread: int) -> None:
-    agent = scripted(["Yes."])
+def test_an_older_file_is_shown_as_before_to_the_reader_and_to_the_model(old_file: Path, thread: int) -> None:
+    """Twice: the file is brought forward once."""
+    old = [(number, row) for number, row in enumerate(OLD_ROWS, 1) if row.conversation_id == thread]
+    agent, path = scripted(["Yes."]), f"/api/conversations/{thread}"
+    for _ in range(2):
+        with serving(agent, database=str(old_file)) as client:
+            assert [each["id"] for each in client.get("/api/conversations").json()] == [4, 3, 2, 1]
+            page = client.operate("items.list", thread_id=str(thread), order="asc", limit=100)
+            rows = client.messages(thread)
+    assert page["data"] == [
+        {"id": str(number), "thread_id": str(thread), "created_at": old_time(number)} | shown_of(row)
+        for number, row in old
+        if row.role != "system"
+    ]
+    assert [(row["id"], row["status"], row["feedback"]) for row in rows] == [
+        (number, row.status.replace("streaming", "interrupted"), row.feedback)
+        for number, row in old
+        if row.role != "system"
+    ]
     with serving(agent, database=str(old_file)) as client:
-        client.patch(f"/api/conversations/{thread}", json={"status": "active"}).raise_for_status()
+        client.patch(path, json={"status": "active"}).raise_for_status()
         client.send_message("Go on", thread)
     *shown, last = shown_to(agent)
     assert told(last) == "Go on"
@@ -1074,13 +1010,13 @@ def test_the_model_is_shown_an_older_file_as_before(old_file: Path, thread: int)
 
 
 async def test_an_older_file_keeps_its_search_tasks_files_ids_and_other_tables(old_file: Path) -> None:
-    with contextlib.closing(sqlite3.connect(old_file)) as db:
-        db.executescript(
-            """CREATE TABLE notes (message_id INTEGER REFERENCES messages (id), text TEXT);
-               CREATE INDEX notes_by_text ON notes (text);
-               CREATE TRIGGER noted AFTER INSERT ON notes BEGIN UPDATE notes SET text = upper(text); END;
-               INSERT INTO notes VALUES (1, 'mine')"""
-        )
+    change(
+        old_file,
+        """CREATE TABLE notes (message_id INTEGER REFERENCES messages (id), text TEXT);
+           CREATE INDEX notes_by_text ON notes (text);
+           CREATE TRIGGER noted AFTER INSERT ON notes BEGIN UPDATE notes SET text = upper(text); END;
+           INSERT INTO notes VALUES (1, 'mine')""",
+    )
     async with ck.Store(old_file) as store, ck.Store(":memory:") as new:
         for (user_id, words), found in FOUND.items():
             assert [row["id"] for row in await store.search_conversations(user_id, words)] == found, words
@@ -1093,11 +1029,7 @@ async def test_an_older_file_keeps_its_search_tasks_files_ids_and_other_tables(o
         assert await store.delete_conversation("local", 2)
         assert await store.attachment_data("local", ["att_1"]) == {}
         last = await store.execute("SELECT seq FROM sqlite_sequence ORDER BY name")
-        assert [row["seq"] for row in last] == [
-            5 + 3,
-            len(OLD_ROWS) + 3,
-            3 + 3,
-        ]  # conversations, messages, tasks
+        assert [row["seq"] - 3 for row in last] == [5, len(OLD_ROWS), 3]  # conversations, messages, tasks
         assert await store.execute("INSERT INTO notes VALUES (3, 'new') RETURNING text") == [{"text": "new"}]
         assert [row["text"] for row in await store.execute("SELECT text FROM notes")] == ["MINE", "NEW"]
         assert await store.execute("PRAGMA foreign_key_check") == []
@@ -1106,52 +1038,45 @@ async def test_an_older_file_keeps_its_search_tasks_files_ids_and_other_tables(o
 
 
 async def test_a_file_that_cannot_be_brought_forward_stays_as_it_was(old_file: Path) -> None:
-    with contextlib.closing(sqlite3.connect(old_file, isolation_level=None)) as db:
-        db.execute("""UPDATE messages SET tool_calls = '[{"id": "x"}]' WHERE role = 'tool'""")
-        before = list(db.iterdump())
+    change(old_file, """UPDATE messages SET tool_calls = '[{"id": "x"}]' WHERE role = 'tool'""")
+    before = dump(old_file)
     with pytest.raises(ck.StoreError, match="Cannot use"):
         await ck.Store(old_file).open()
-    with contextlib.closing(sqlite3.connect(old_file)) as db:
-        assert (list(db.iterdump()), db.execute("PRAGMA user_version").fetchone()) == (before, (2,))
+    assert (dump(old_file), rows_of(old_file, "PRAGMA user_version")) == (before, [(2,)])
     assert not old_file.with_name("old.db-server").exists()
 
 
 # ================================================================================================= Demo model
 
 THREE = "buy milk, call mom, water plants"
+SENTENCES = """
+add buy tea to my list | THREE, buy tea | Added “buy tea” to your list
+Please add “tea” to the to-do list! | THREE, tea | It is task 4
+remind me to call Dr. Smith | THREE, call Dr. Smith | Added
+add tea, eggs and bread | THREE, tea, eggs, bread | It is task 6
+create a task to nap | THREE, nap | Added “nap”
+show my tasks | THREE | - **2** call mom
+What's on my list? | THREE | - **3** water plants
+complete buy milk | buy milk!, call mom, water plants | Marked “buy milk” as done
+complete the second one | buy milk, call mom!, water plants | Marked “call mom” as done
+mark task 3 as done | buy milk, call mom, water plants! | Marked “water plants” as done
+the washing is done | THREE | no single task
+water is done | buy milk, call mom, water plants! | Marked
+rename 1 to buy oat milk | buy oat milk, call mom, water plants | Task 1 is now “buy oat milk”
+delete buy milk from my list | call mom, water plants | Removed “buy milk” from your list
+Could you delete the last one, please? | buy milk, call mom | Removed “water plants”
+delete all tasks | | Removed “call mom”
+delete 77 | THREE | There is no task 77
+complete the washing | THREE | no single task that fits “the washing”
+add tea, then complete 1, delete the last one; show my list | buy milk!, call mom, water plants | milk (done)
+call add_task {"title": "show my tasks"} | THREE, show my tasks | Added
+what is the meaning of life? | THREE | demo model
+"""
 
 
-@pytest.mark.parametrize(
-    ("message", "tasks", "answer"),
-    [  # what is on the list of THREE afterwards (! is done), and what is said
-        ("add buy tea to my list", THREE + ", buy tea", "Added “buy tea” to your list"),
-        ("Please add “tea” to the to-do list!", THREE + ", tea", "It is task 4"),
-        ("remind me to call Dr. Smith", THREE + ", call Dr. Smith", "Added"),
-        ("add tea, eggs and bread", THREE + ", tea, eggs, bread", "It is task 6"),
-        ("create a task to nap", THREE + ", nap", "Added “nap”"),
-        ("show my tasks", THREE, "- **2** call mom"),
-        ("What's on my list?", THREE, "- **3** water plants"),
-        ("complete buy milk", "buy milk!, call mom, water plants", "Marked “buy milk” as done"),
-        ("complete the second one", "buy milk, call mom!, water plants", "Marked “call mom” as done"),
-        ("mark task 3 as done", "buy milk, call mom, water plants!", "Marked “water plants” as done"),
-        ("the washing is done", THREE, "no single task"),
-        ("water is done", "buy milk, call mom, water plants!", "Marked"),
-        ("rename 1 to buy oat milk", "buy oat milk, call mom, water plants", "Task 1 is now “buy oat milk”"),
-        ("delete buy milk from my list", "call mom, water plants", "Removed “buy milk” from your list"),
-        ("Could you delete the last one, please?", "buy milk, call mom", "Removed “water plants”"),
-        ("delete all tasks", "", "Removed “call mom”"),
-        ("delete 77", THREE, "There is no task 77"),
-        ("complete the washing", THREE, "no single task that fits “the washing”"),
-        (
-            "add tea, then complete 1, delete the last one; show my list",
-            "buy milk!" + THREE[8:],
-            "milk (done)",
-        ),
-        ('call add_task {"title": "show my tasks"}', THREE + ", show my tasks", "Added"),
-        ("what is the meaning of life?", THREE, "demo model"),
-    ],
-)
-def test_the_demo_model_keeps_a_list_in_ordinary_sentences(message: str, tasks: str, answer: str) -> None:
+@pytest.mark.parametrize("sentence", SENTENCES.split("\n")[1:-1])
+def test_the_demo_model_keeps_a_list_in_ordinary_sentences(sentence: str) -> None:
+    message, tasks, answer = (part.strip() for part in sentence.replace("THREE", THREE).split("|"))
     with serving() as client:
         client.send_message(f"add {THREE}")
         events = client.send_message(message, thread_id=1)
@@ -1171,50 +1096,53 @@ async def silence() -> None:
     """Nothing."""
 
 
-@pytest.mark.parametrize(
-    ("message", "calls", "answer"),
-    [
-        ("hello", [], "set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL"),
-        ("hello", [], "“call echo”"),
-        ("call nothing", [], "“call sketch”"),
-        ('call echo {"text": "hi"}', [{"text": "hi"}], '{"echo": "hi"}'),
-        ('Call echo {"text": "call me"} and call sketch', [{"text": "call me"}, {}], "a dot (image)"),
-        ("call sketch then call silence", [{}, {}], "silence"),
-        ("call echo {text: hi}", [{}], "The tool `echo` answered"),
-        ("call transfer_to_billing", [{}], "Billing has taken over"),
-        ('call transfer_to_billing, then call refund {"text": "5"}', [{}, {"text": "5"}], "refunded 5"),
-    ],
-)
-def test_the_demo_model_calls_what_is_named_of_any_agent(message: str, calls: list[Any], answer: str) -> None:
-    @function_tool
-    async def refund(text: str) -> str:
-        """Give money back."""
-        return f"refunded {text}"
+@function_tool
+async def refund(text: str) -> str:
+    """Give money back."""
+    return f"refunded {text}"
 
+
+CALLS = """
+hello | | set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL
+hello | | “call echo”
+call nothing | | “call sketch”
+call echo {"text": "hi"} | {"text": "hi"} | {"echo": "hi"}
+Call echo {"text": "call me"} and call sketch | {"text": "call me"}, {} | a dot (image)
+call sketch then call silence | {}, {} | silence
+call echo {text: hi} | {} | The tool `echo` answered
+call transfer_to_billing | {} | Billing has taken over
+call transfer_to_billing, then call refund {"text": "5"} | {}, {"text": "5"} | refunded 5
+echo: hi | {"text": "hi"} | The tool `echo` answered
+echo: call echo {"text": "x"} | {"text": "x"} | The tool `echo` answered
+sketch: x | {} | The tool `sketch` answered
+"""
+
+
+@pytest.fixture(scope="module")
+def desk() -> Iterator[Client]:
     billing = Agent[Any](name="Billing", tools=[refund])
     with serving(Agent(name="Desk", tools=[echo, sketch, silence], handoffs=[billing])) as client:
-        assert client.get("/health").json()["model"] == "demo"
-        events = client.send_message(message)
-        assert [event["args"] for event in events if event["type"] == "tool_call"] == calls
-        assert answer in said(events) and events[-1]["status"] == "completed"
+        yield client
 
 
-@pytest.mark.parametrize(
-    ("tool", "message", "args"),
-    [("echo", "hi", {"text": "hi"}), ("echo", 'call echo {"text": "x"}', {"text": "x"}), ("sketch", "x", {})],
-)
-def test_the_demo_model_calls_the_tool_that_it_is_forced_to(tool: str, message: str, args: Any) -> None:
-    with serving(Agent(name="Desk", tools=[echo, sketch])) as client:
-        events = client.send_message(message, tool_choice=tool)
-        made = [(event["name"], event["args"]) for event in events if event["type"] == "tool_call"]
-        assert made == [(tool, args)] and f"The tool `{tool}` answered" in said(events)
+@pytest.mark.parametrize("row", CALLS.split("\n")[1:-1])
+def test_the_demo_model_calls_what_is_named_or_forced_of_any_agent(row: str, desk: Client) -> None:
+    message, calls, answer = (part.strip() for part in row.split("|"))
+    forced, _, rest = message.partition(": ")
+    choice = (
+        {"message": rest, "tool_choice": forced} if forced in ("echo", "sketch") else {"message": message}
+    )
+    events = desk.send_message(**choice)
+    assert [event["args"] for event in of_type(events, "tool_call")] == json.loads(f"[{calls}]")
+    assert answer in said(events) and events[-1]["status"] == "completed"
+    assert desk.get("/health").json()["model"] == "demo"
 
 
 def test_the_demo_model_streams_words_and_counts_them() -> None:
     with serving() as client:
         events = client.send_message("hello")
-        words = [event["content"] for event in events if event["type"] == "text"]
-        assert len(words) == len("".join(words).split()) == events[-1]["usage"]["output_tokens"] > 20
+    words = [event["content"] for event in of_type(events, "text")]
+    assert len(words) == len("".join(words).split()) == events[-1]["usage"]["output_tokens"] > 20
 
 
 @pytest.mark.parametrize("message", ["\n" * 32_000, "!" * 31_999 + "x", "and " * 8000, "to my x " * 3900])
@@ -1449,16 +1377,14 @@ def provider_was_shown(request: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_the_provider_speaks_the_responses_api_as_its_types_say() -> None:
-    computer = {"type": "computer_call", "call_id": "c", "pending_safety_checks": []}
-    cited = {"type": "file_citation", "file_id": "file-1", "filename": "rain.md", "index": 2}
-    drawn = {**DRAWN, "partial_image_b64": PIXEL}
-    steps = [Think("Hm."), SEARCHED, FILES, CODE, MCP_CALL, SHELL, computer, drawn, "It rains.", cited]
-    for event in responses_api([*steps, Refuse("No."), Call("echo")], {"model": "m"}):
+    hosted = [SEARCHED, FILES, CODE, MCP_CALL, SHELL, {**DRAWN, "partial_image_b64": PIXEL}]
+    steps = [Think("Hm."), *hosted, "It rains.", CITED, Refuse("No."), Call("echo")]
+    for event in responses_api(steps, {"model": "m"}):
         API_EVENTS[event["type"]].model_validate(event)
 
 
 def test_a_providers_deltas_arrive_as_they_come(line: Line) -> None:
-    _, client, provider = line
+    protocol, client, provider = line
     pause = Wait()
     provider.says([Think("Hm"), Think("m."), "Hel", pause, "lo", "."])
     events = []
@@ -1473,6 +1399,8 @@ def test_a_providers_deltas_arrive_as_they_come(line: Line) -> None:
     assert [event["content"] for event in of_type(events, "text")] == ["Hel", "lo", "."]
     assert [event["content"] for event in of_type(events, "thinking")] == ["", "Hm", "m."]
     assert events[-1]["status"] == "completed" and events[-1]["usage"] == USAGE
+    sent = json.dumps(provider.requests[-1]["body"])
+    assert protocol == "responses" or not re.search("reasoning|verbosity", sent)  # OpenAI's own defaults
 
 
 def test_a_providers_tool_calls_run_and_go_back_to_it_as_they_were(line: Line) -> None:
@@ -1499,22 +1427,7 @@ def test_a_providers_tool_calls_run_and_go_back_to_it_as_they_were(line: Line) -
     assert after == [asked, *earlier, ("assistant", "Both are in."), ("user", "sure?")]
 
 
-def test_each_item_has_an_id_of_its_own_whatever_the_provider_calls_it(line: Line) -> None:
-    _, client, provider = line
-    provider.says([Think("Hm"), Think("m."), "First. ", "And so on."])
-    done = [client.send_message("hi")[-1] for _ in range(3)]
-    ids = [event["message_id"] for event in done]
-    for each in done:
-        thread = str(each["thread_id"])
-        events = client.operate("threads.add_user_message", input=user_input("hi"), thread_id=thread)
-        items = [event["item"] for event in of_type(events, "thread.item.done")]
-        assert [item["type"] for item in items] == ["user_message", "workflow", "assistant_message"]
-        assert [task["content"] for task in items[1]["workflow"]["tasks"]] == ["Hmm."]
-        ids += [int(item["id"]) for item in items]
-    assert len(set(ids)) == len(ids)
-
-
-@pytest.mark.parametrize("early", [True, False], ids=["before it speaks", "while it speaks"])
+@pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("way", ["cancel", "leave"])
 def test_stopping_closes_the_providers_connection(line: Line, way: str, early: bool) -> None:
     _, client, provider = line
@@ -1597,23 +1510,22 @@ def test_a_provider_that_fails_is_explained_and_the_next_message_works(line: Lin
 MISFIT = {"error": "These arguments do not fit the parameters of add_task."}
 
 
-@pytest.mark.parametrize(
-    ("call", "result"),
-    [
-        (Call("no_such_tool"), "Tool 'no_such_tool' not found."),
-        (Call("add_task", '{"title": "mi'), MISFIT),
-        (Call("add_task", {"titel": "milk"}), MISFIT),
-        (Call("raising"), {"error": "The tool raising failed."}),
-    ],
-    ids=["unknown", "arguments are not JSON", "arguments do not fit", "it raises"],
-)
-def test_a_failing_tool_call_is_told_to_the_model_which_goes_on(line: Line, call: Call, result: Any) -> None:
+BAD_CALLS: dict[Call, Any] = {  # with their results
+    Call("no_such_tool"): "Tool 'no_such_tool' not found.",
+    Call("add_task", '{"title": "mi'): MISFIT,
+    Call("add_task", {"titel": "milk"}): MISFIT,
+    Call("raising"): {"error": "The tool raising failed."},
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS, ids=lambda call: call.name)
+def test_a_failing_tool_call_is_told_to_the_model_which_goes_on(line: Line, call: Call) -> None:
     protocol, client, provider = line
     if protocol == "gemini" and not call.arguments.endswith("}"):
         pytest.skip("Gemini sends arguments as an object")
     provider.says([call], ["Sorry."])
     events = client.send_message("hi")
-    assert [event["result"] for event in of_type(events, "tool_result")] == [result]
+    assert [event["result"] for event in of_type(events, "tool_result")] == [BAD_CALLS[call]]
     assert said(events) == "Sorry." and events[-1]["status"] == "completed" and KEY not in json.dumps(events)
     assert [item[0] for item in provider_was_shown(provider.requests[1])] == ["user", "call", "output"]
     provider.says(["Next."])
@@ -1621,9 +1533,7 @@ def test_a_failing_tool_call_is_told_to_the_model_which_goes_on(line: Line, call
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_an_answer_that_stops_dead_times_out_and_a_provider_that_is_gone_is_unreachable(
-    protocol: str,
-) -> None:
+def test_an_answer_that_stops_dead_times_out_and_a_gone_provider_is_unreachable(protocol: str) -> None:
     @function_tool
     async def hanging() -> None:
         await asyncio.Event().wait()
@@ -1703,7 +1613,7 @@ def test_only_the_provider_is_called_and_no_key_that_it_quotes_comes_into_the_lo
 # ---- choosing a model
 
 
-CHOICES = f"""
+GIVEN_MODELS = f"""
 demo DemoModel: CHATKIT_MODEL=demo OPENAI_API_KEY=k GEMINI_API_KEY=k
 ollama_chat/llama3 LitellmModel: CHATKIT_MODEL=ollama_chat/llama3 OPENAI_API_KEY=k
 anthropic/c LitellmModel: CHATKIT_MODEL=anthropic/c ANTHROPIC_API_KEY=k
@@ -1719,7 +1629,7 @@ demo DemoModel:
 """
 
 
-@pytest.mark.parametrize("choice", CHOICES.split("\n")[1:-1])
+@pytest.mark.parametrize("choice", GIVEN_MODELS.split("\n")[1:-1])
 def test_the_first_that_is_given_chooses_the_model(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, _, given = choice.partition(":")
     for name, _, value in (each.partition("=") for each in given.split()):
@@ -1764,12 +1674,6 @@ def test_a_model_that_cannot_work_is_refused_at_the_start(place: str, name: str)
     assert name in ("gpt-x", "openai/gpt-4o") or "OpenAI" not in told
 
 
-def test_a_model_that_cannot_work_is_one_line_on_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
-    assert ck.main(["--model", "nobody/x", "--database", ":memory:", "--port", "0"]) == 2
-    printed = capfd.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and "nobody/x" in printed.err
-
-
 @pytest.mark.parametrize("name", ["litellm/gemini/gemini-2.5-flash", "gemini/gemini-2.5-flash"])
 def test_a_name_in_an_agent_means_what_it_means_in_the_settings(name: str) -> None:
     agent = Agent(name="A", model=name)
@@ -1787,10 +1691,15 @@ SOURCE = {"type": "url", "url": "https://example.com/oats"}
 SEARCH = {"type": "search", "query": "oat milk", "sources": [SOURCE]}
 SEARCHED = {"type": "web_search_call", "id": "ws_1", "action": SEARCH}
 FILES = {"type": "file_search_call", "id": "fs_1", "queries": ["oats"], "results": [{"filename": "oats.pdf"}]}
-CODE: Any = {"type": "code_interpreter_call", "id": "ci_1", "code": "print(6 * 7)", "container_id": "c1"}
+CODE: dict[str, Any] = {
+    "type": "code_interpreter_call",
+    "id": "ci_1",
+    "code": "print(6 * 7)",
+    "container_id": "c1",
+}
 CODE |= {"outputs": [{"type": "logs", "logs": "42"}]}
 MCP_CALL = {"type": "mcp_call", "id": "mcp_1", "name": "lookup", "server_label": "s", "arguments": "{}"}
-SHELL: Any = {"type": "local_shell_call", "id": "sh_1", "call_id": "c"}
+SHELL: dict[str, Any] = {"type": "local_shell_call", "id": "sh_1", "call_id": "c"}
 SHELL |= {"action": {"type": "exec", "command": ["ls"], "env": {}}}
 DRAWN = {"type": "image_generation_call", "id": "ig_1", "result": PIXEL}
 CITED = {"type": "url_citation", "url": "https://e.com", "title": "E", "start_index": 0, "end_index": 3}
@@ -1981,7 +1890,9 @@ def test_a_new_message_instead_of_approval_counts_as_rejecting() -> None:
     assert "c1" in outcomes(agent) and "wiped" not in outcomes(agent)["c1"]
 
 
-def test_an_agents_tool_of_an_agent_may_need_approval_too(tmp_path: Path) -> None:
+def test_an_agent_may_be_a_tool_whose_result_is_its_words_and_whose_tools_need_approval(
+    tmp_path: Path,
+) -> None:
     inner, file = asking("1"), str(tmp_path / "a.db")
     helper = inner.as_tool("helper", "Helps.")
     outer = scripted([Call("helper", {"input": "x"}, "o1")], ["All done."], tools=[helper])
@@ -1991,7 +1902,11 @@ def test_an_agents_tool_of_an_agent_may_need_approval_too(tmp_path: Path) -> Non
     with serving(outer, database=file) as client:
         answers = {asked["id"]: {"values": [asked["options"][0]["value"]]}}
         assert said(answer(client, answers, "plain")) == "All done."
-        assert client.messages(1)[1]["content"] == "Done."
+        assert [row["content"] for row in client.messages(1) if row["role"] != "item"] == [
+            "go",
+            "Done.",
+            "All done.",
+        ]
     assert outcomes(inner) == {"c1": "wiped 1"}
 
 
@@ -2028,12 +1943,6 @@ def test_structured_output_is_a_code_block_and_the_model_sees_it_as_it_was(tell:
     assert told.next_input[1]["content"] == '{"count": 3}'
 
 
-def test_a_nested_agents_words_are_its_tools_result(tell: Any) -> None:
-    helper = scripted(["From within."]).as_tool("helper", "Helps.")
-    told = tell(scripted([Call("helper", {"input": "x"})], ["So it is."], ["Again."], tools=[helper]))
-    assert [row["content"] for row in told.rows] == ["go", "From within.", "So it is."]
-
-
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_tool_that_exits_fails_like_any_other(error: Any, is_async: bool) -> None:
@@ -2041,7 +1950,7 @@ def test_a_tool_that_exits_fails_like_any_other(error: Any, is_async: bool) -> N
         raise error
 
     async def leave_async() -> str:
-        raise error
+        return leave()
 
     tool = function_tool(leave_async if is_async else leave, name_override="leave")
     with serving(scripted([Call("leave")], ["It failed."], tools=[tool])) as client:
@@ -2134,6 +2043,7 @@ def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(
             assert waiting.reached.wait(DEADLINE)
             assert client.post("/api/conversations/1/cancel").status_code == 200
         events = future.result(DEADLINE)
+        assert status != "failed" or events[-2]["message"] == "Something went wrong while answering."
         assert events[-1]["status"] == status and said(events) == "".join(answers)
         assert [row["content"] for row in client.messages(1)[1:] if row["role"] == "assistant"] == answers
 
@@ -2154,14 +2064,21 @@ def test_a_function_makes_the_agent_of_each_turn(is_async: bool) -> None:
     assert made == [("local", "poet", "hi")]
 
 
-async def test_leaving_the_loop_early_stops_the_answer_and_marks_it(tmp_path: Path, caplog: Any) -> None:
+async def test_without_a_server_an_answer_goes_on_and_leaving_its_loop_stops_it(
+    tmp_path: Path, caplog: Any
+) -> None:
     wait, file = Wait(), tmp_path / "left.db"
+    agent = scripted(["Ready."], ["So far. ", wait])
     async with ck.Store(file) as store:
-        async for event in ck.stream_agent("go", agent=scripted(["So far. ", wait]), store=store):
+        with pytest.raises(ck.Refused, match="Conversation not found"):
+            await anext(ck.stream_agent("x", agent=agent, store=store, conversation_id=99))
+        events = [event async for event in ck.stream_agent("hi", agent=agent, store=store)]
+        assert kinds(events) == ["thread", "thinking", "text", "done"]
+        async for event in ck.stream_agent("go on", agent=agent, store=store, conversation_id=1):
             if event["type"] == "text":
                 break
-    assert rows_of(file, "SELECT status FROM messages") == [("done",), ("cancelled",)]
-    assert wait.left.is_set()
+    answers = rows_of(file, "SELECT status FROM messages WHERE role = 'assistant'")
+    assert (answers, wait.left.is_set()) == ([("done",), ("cancelled",)], True)
     assert_no_traceback(caplog)
 
 
@@ -2250,12 +2167,12 @@ def exchange(client: Client, operation: str, **params: Any) -> Any:
 
 
 def refused(client: Client, operation: str, **params: Any) -> tuple[int, str]:
-    """How a request is refused, and what that says: an HTTP status, or 200 for an `error` event."""
+    """A status, and what is said; an `error` event is 200, or 503 where it may be tried again."""
     response = client.post("/chatkit", json=asked(operation, **params))
     if response.status_code == 200:
         [event] = validated(operation, chatkit_events(response.text))
         assert event["type"] == "error" and event["code"] == "custom"
-        return 200, event["message"]
+        return 503 if event["allow_retry"] else 200, event["message"]
     assert 400 <= response.status_code < 500, response.text
     detail = str(response.json()["detail"])
     assert response.json() == {"detail": detail, "message": detail} and detail
@@ -2335,6 +2252,16 @@ async def bustle(wrapper: Wrapper) -> None:
     await wrapper.context.notice("warning", "Slow today", title="Mind")
 
 
+@function_tool
+async def give_back(what: str) -> str:
+    return what
+
+
+TOOLBOX = Agent[Any](  # calls what a person names
+    name="Demo", model=ck.DemoModel(delay=0), tools=[give_back, choose, survey, draw]
+)
+
+
 def talker(*responses: list[Any]) -> Agent[Any]:
     """A scripted agent with all the tools above."""
     return scripted(*responses, tools=[echo, choose, survey, draw, bustle])
@@ -2400,16 +2327,20 @@ def test_the_events_are_those_of_the_recorded_exchange_and_what_they_end_in_is_s
         added, done = items_in(every, "task")
         assert (added["id"], added["task"]["status_indicator"]) == (done["id"], "loading")
         assert (done["task"]["title"], done["task"]["status_indicator"]) == ("echo", "complete")
-        assert {"type": "progress_update", "text": "Running echo"} in every and '"x"' in done["task"][
-            "content"
-        ]
+        assert {"type": "progress_update", "text": "Running echo"} in every
+        assert '"x"' in done["task"]["content"]
         # The recorded server showed these three without a tool call of the model's.
         assert message("clienttool") == [*CALLED, "thread.item.done client_tool_call"]
         assert exchanged("threads.add_client_tool_output", result=[1]) == ["stream_options", *ANSWER]
         assert message("widget") == [*CALLED, "thread.item.done widget", "thread.item.done task", *ANSWER]
-        target = {"item_id": items(client, "widget")[0]["id"], "action": {"type": "toggle", "payload": {}}}
+        [widget] = items(client, "widget")
+        assert widget["widget"] == CARD and widget["copy_text"] == "a card"
+        target = {"item_id": widget["id"], "action": {"type": "toggle", "payload": {}}}
         replaced = ["stream_options", "thread.item.replaced widget"]
         assert exchanged("threads.custom_action", **target) == replaced
+        changed = {"updated_item": {**widget, "copy_text": "changed"}}
+        assert exchange(client, "threads.sync_custom_action", **target) == changed
+        assert exchange(client, "threads.sync_custom_action", action={"type": "x"}) == {}
         assert message("question") == [*CALLED, "thread.item.done structured_input"]
         answers = {"status": "answered", "answers": {"q1": {"values": ["a"]}}}
         question = {"item_id": last_item(every)["id"], "input": answers}
@@ -2444,14 +2375,12 @@ def test_reasoning_is_a_workflow_whose_thought_grows_and_says_how_long_it_took()
         events = create(client)
         begun, final = items_in(events, "workflow")
         assert begun["workflow"] == {"type": "reasoning", "tasks": [], "expanded": False}
-        assert [task["content"] for task in final["workflow"]["tasks"]] == ["Let me see"]
-        assert type(final["workflow"]["summary"]["duration"]) is int
-        assert items(client, "workflow") == [final]
-        first, *others = [update for update in updates_in(events) if "task" in update]
-        assert first["type"] == "workflow.task.added"
-        assert {update["type"] for update in others} <= {"workflow.task.updated"}
-        grown = [update["task"]["content"] for update in [first, *others]]  # what came together may be one
-        assert all("Let me see".startswith(text) for text in grown) and grown[-1] == "Let me see"
+        assert type(final["workflow"]["summary"]["duration"]) is int and items(client, "workflow") == [final]
+        thoughts = {
+            update["type"]: update["task"]["content"] for update in updates_in(events) if "task" in update
+        }
+        assert list(thoughts) == ["workflow.task.added", "workflow.task.updated"][: len(thoughts)]
+        assert [*thoughts.values()][-1] == "Let me see" == final["workflow"]["tasks"][0]["content"]
 
 
 TAG = {"type": "input_tag", "id": "u1", "text": "Ann", "group": "People", "interactive": True}
@@ -2479,24 +2408,18 @@ def streaming(client: Client, operation: str = "threads.create", **params: Any) 
     return client.stream("POST", "/chatkit", json=body)
 
 
-@pytest.mark.parametrize(
-    ("setting", "answer", "status"), [("cancel", "One ", "cancelled"), ("continue", "One two", "done")]
-)
-def test_the_stop_button_stops_the_model_which_is_told_and_no_client_is(
-    setting: str, answer: str, status: str
-) -> None:
-    wait, stopped = Wait(), setting == "cancel"
+def test_the_stop_button_stops_the_model_which_is_told_and_no_client_is() -> None:
+    wait = Wait()
     agent = talker(["One ", wait, "two"], ["Fine."])
-    with serving(agent, on_disconnect=setting) as client:
+    with serving(agent, on_disconnect="cancel") as client:
         with streaming(client) as response:
             next(line for line in response.iter_lines() if '"One "' in line)
             until(wait.reached.is_set)
-        assert stopped == wait.left.wait(0.2)
-        wait.gate.set()
+        assert wait.left.wait(DEADLINE)
         until(lambda: client.get("/api/conversations/1/stream").status_code == 204)
-        assert texts(client) == ["hello", answer] and client.messages(1)[-1]["status"] == status
+        assert texts(client) == ["hello", "One "] and client.messages(1)[-1]["status"] == "cancelled"
         answers: list[Any] = [send(client, "go on"), client.messages(1), items(client)]
-        assert stopped == ("stopped" in shown(agent))
+        assert "stopped" in shown(agent)
         assert "stopped" not in json.dumps(answers) and '"system"' not in json.dumps(answers)
         ids = {int(item["id"]) for item in answers[2]}
         for hidden in set(range(1, max(ids))) - ids:
@@ -2516,28 +2439,45 @@ def test_retry_removes_what_came_after_also_a_failure_and_answers_anew() -> None
         assert {event["item_id"] for event in again if "item_id" in event} == {items(client)[-1]["id"]}
         assert "Half" not in shown(agent) and "third" not in shown(agent)
         before, foreign = items(client), items_in(create(client))[0]["id"]
-        for item_id, status in [(before[1]["id"], 400), (foreign, 404), ("x", 404)]:
+        for item_id, status in [(before[1]["id"], 400), (foreign, 404)]:
             assert refused(client, "threads.retry_after_item", item_id=item_id)[0] == status
         assert items(client) == before
 
 
 ODD_EVENTS: list[Any] = [
-    {}, "nothing", {"type": "mine", "n": math.nan}, {"type": "thinking", "content": "\ud83d"},
-    {"type": "progress", "content": 5}, {"type": "effect", "name": None}, {"type": "thinking"},
+    {}, "nothing", {"type": "thinking", "content": "\ud83d"}, {"type": "thinking"}, {"type": "item"},
+    {"type": "progress", "content": 5}, {"type": "effect", "name": None}, {"type": "thread.item.done"},
     {"type": "notice", "message": "x", "level": "shout"}, {"type": "done", "status": "completed"},
-    {"type": "item"}, {"type": "thread.item.done"}, {"type": "thread.item.removed", "item_id": "999"},
+    {"type": "thread.item.removed", "item_id": "999"},
 ]  # fmt: skip
 
 
 def test_whatever_a_tool_streams_the_stream_stays_whole() -> None:
+    """What no reader could read, a number that JSON has not, the tool itself is told of."""
+
     @function_tool
     async def odd(wrapper: Wrapper, number: int) -> None:
         await wrapper.context.stream(ODD_EVENTS[number])
 
+    @function_tool
+    async def unreadable(wrapper: Wrapper) -> int:
+        context, refusals = wrapper.context, 0
+        for value in ({"value": math.nan}, {"value": math.inf}):
+            event = {"type": "client_effect", "name": "mine", "data": value}
+            card = {"type": "Card", "children": [value]}
+            for sending in (context.effect("mine", value), context.widget(card), context.stream(event)):
+                with contextlib.suppress(ValueError):
+                    await sending
+                    continue
+                refusals += 1
+        return refusals
+
     calls = [Call("odd", {"number": number}) for number in range(len(ODD_EVENTS))]
-    with serving(scripted(calls, ["Done."], tools=[odd])) as client:
+    turn = [*calls, Call("unreadable")], ["Done."]
+    with serving(scripted(*turn, *turn, tools=[odd, unreadable])) as client:
         assert last_item(create(client)) == items(client)[-1] and texts(client)[-1] == "Done."
-        assert client.send_message("hi")[-1]["status"] == "completed"
+        events = client.send_message("hi")
+    assert of_type(events, "tool_result")[-1]["result"] == "6" and events[-1]["status"] == "completed"
 
 
 # ---- pages
@@ -2589,8 +2529,7 @@ def test_a_client_tool_waits_for_its_output_which_may_be_any_json_and_comes_once
             call = {"call_id": "call_1", "name": "get_selection", "arguments": {"x": 1}, "status": "pending"}
             assert {**pending, **call, "type": "client_tool_call"} == pending
             assert items(client, "client_tool_call", **at) == [pending]
-            events = exchange(client, "threads.add_client_tool_output", **at, result=result)
-            assert last_item(events)["content"][0]["text"] == "You selected it."
+            exchange(client, "threads.add_client_tool_output", **at, result=result)
             [item] = items(client, "client_tool_call", **at)
             assert item == {**item, **pending, "status": "completed"}
             assert canonical(item.get("output")) == canonical(result)
@@ -2598,31 +2537,36 @@ def test_a_client_tool_waits_for_its_output_which_may_be_any_json_and_comes_once
             assert "pending" in refused(client, "threads.add_client_tool_output", **at, result=1)[1]
 
 
-def test_of_two_pending_calls_one_is_completed_and_the_other_closed() -> None:
-    agent = talker([Call("choose"), Call("choose")], ["ok"])
+@pytest.mark.parametrize(
+    ("tools", "overtaken", "became", "told"),
+    [
+        (["choose", "choose"], False, [None, "completed"], [True, False]),
+        (["choose"], True, [None], [True]),  # a call that looks neither pending nor completed
+        (["survey"], True, ["skipped"], [True]),
+    ],
+)
+def test_what_was_pending_and_got_no_answer_is_closed_and_the_model_is_told(
+    tools: list[str], overtaken: bool, became: list[str | None], told: list[bool]
+) -> None:
+    agent = talker([*map(Call, tools)], ["Never mind."])
     with serving(agent) as client:
-        create(client)
-        exchange(client, "threads.add_client_tool_output", result="mine")
-        assert "did not" in outputs(agent)[0] and outputs(agent)[1] == "mine"
-        assert [item.get("status") for item in items(client, "client_tool_call")] == ["completed"]
-
-
-@pytest.mark.parametrize(("tool", "became"), [("choose", None), ("survey", "skipped")])
-def test_a_new_message_closes_what_was_pending_and_the_model_is_told(tool: str, became: str | None) -> None:
-    agent = talker([Call(tool)], ["Never mind."])
-    with serving(agent) as client:
-        pending = last_item(create(client))
-        events = send(client, "something else")
-        now = next(item for item in items(client) if item["id"] == pending["id"])
-        # A client tool's call that was overtaken looks neither pending nor completed.
-        assert now.get("status") == became and {"type": "thread.item.replaced", "item": now} in events
-        assert ["did not" in output for output in outputs(agent)] == [True]
+        pending = [item["id"] for item in items_in(create(client)) if item.get("status") == "pending"]
+        if overtaken:
+            events = send(client, "something else")
+        else:
+            events = exchange(client, "threads.add_client_tool_output", result="mine")
+        now = [item for item in items(client) if item["id"] in pending]
+        assert sorted(str(item.get("status")) for item in now) == sorted(map(str, became))
+        assert not overtaken or {"type": "thread.item.replaced", "item": now[0]} in events
+        assert ["did not" in output for output in outputs(agent)] == told
 
 
 def test_the_model_that_a_message_asked_for_goes_on_with_it() -> None:
     agent: Agent[Any] = Agent(name="Two", tools=[choose])
-    script: list[list[Any]] = [[Call("choose")], ["ok"]]
-    with talking_to("chat", *script, agent=agent, models="other=gpt-y") as (client, provider):
+    with talking_to("chat", [Call("choose")], ["ok"], agent=agent, models="other=gpt-y") as (
+        client,
+        provider,
+    ):
         create(client, inference_options={"model": "other"})
         exchange(client, "threads.add_client_tool_output", result=1)
         send(client, "more")
@@ -2653,25 +2597,12 @@ def test_answers_are_recorded_once_and_the_agent_goes_on_knowing_them() -> None:
                 assert json.dumps(value) in shown(agent).replace('\\"', '"')
             before = items(client, **at)
             assert item in before and last_item(events) == before[-1]
-            for wrong, status in [(item["id"], 200), (before[0]["id"], 400), ("99", 404)]:
+            for wrong, status in [(item["id"], 503), (before[0]["id"], 400), ("99", 404)]:
                 assert refused(client, "threads.add_structured_input", **answer, item_id=wrong)[0] == status
             assert items(client, **at) == before
 
 
 # ---- widgets and actions
-
-
-def test_an_action_replaces_the_widget_in_the_stream_and_in_the_store() -> None:
-    with serving(talker([Call("draw")], ["ok"]), on_action=redraw) as client:
-        create(client)
-        [widget] = items(client, "widget")
-        assert widget["widget"] == CARD and widget["copy_text"] == "a card"
-        target = {"item_id": widget["id"], "action": {"type": "toggle", "payload": {"id": 1}}}
-        changed = {**widget, "copy_text": "changed"}
-        assert items_in(exchange(client, "threads.custom_action", **target)) == [changed]
-        assert items(client, "widget") == [changed]
-        assert exchange(client, "threads.sync_custom_action", **target) == {"updated_item": changed}
-        assert exchange(client, "threads.sync_custom_action", action={"type": "x"}) == {}
 
 
 def test_a_reader_that_leaves_during_an_action_has_stopped_no_answer() -> None:
@@ -2739,16 +2670,15 @@ def fetched(client: Client, *files: Any) -> list[Any]:
 def test_a_file_is_announced_uploaded_sent_there_after_a_restart_and_can_run_nothing(tmp_path: Path) -> None:
     database = str(tmp_path / "chat.db")
     with serving(talker(["ok"]), database=database) as client:
-        text, image = upload(client, b"abc"), upload(client, PNG, "a.png", "image/png")
         direct = client.post("/attachments", files=form(PNG, "ä.png", "image/png")).raise_for_status()
-        files = [text, image, validated("attachments.create", direct.json())]
+        files = [upload(client, b"abc"), validated("attachments.create", direct.json())]
         assert [[file["type"], file["name"], file["mime_type"]] for file in files] == [
-            ["file", "a.txt", "text/plain"], ["image", "a.png", "image/png"], ["image", "ä.png", "image/png"],
+            ["file", "a.txt", "text/plain"], ["image", "ä.png", "image/png"],
         ]  # fmt: skip
         item = items_in(create(client, content=[], attachments=[file["id"] for file in files]))[0]
         assert item["attachments"] == [{**file, "thread_id": "1"} for file in files]
     with serving(talker(["ok"]), database=database) as client:
-        assert items(client, "user_message") == [item] and fetched(client, *files) == [b"abc", PNG, PNG]
+        assert items(client, "user_message") == [item] and fetched(client, *files) == [b"abc", PNG]
         evil = upload(client, b"<b>", 'a"\r\nX-Evil: 1\n/../é.html', "text/html")
         headers = client.get(f"/attachments/{evil['id']}").headers  # nothing in it runs in this origin
         assert headers["x-content-type-options"] == "nosniff" and "x-evil" not in headers
@@ -2762,10 +2692,11 @@ def test_the_model_sees_images_and_text_and_what_it_cannot_read_is_an_error() ->
         note = upload(client, b"some\nwords", "a.md", "text/markdown")
         create(client, "look", attachments=[note["id"], upload(client, PNG, "a.png", "image/png")["id"]])
         zipped = upload(client, b"\0\xff", "a.zip", "application/zip")
-        events = send(client, "look", attachments=[zipped["id"]])
-        assert events[-1]["type"] == "error" and "a.zip" in events[-1]["message"]
+        error = send(client, "look", attachments=[zipped["id"]])[-1]
+        assert error["type"] == "error" and "a.zip" in error["message"]
         assert items(client, "user_message")[1]["attachments"][0]["id"] == zipped["id"]
-        assert last_item(send(client, "without it"))["content"][0]["text"] == "ok" and "a.zip" in shown(agent)
+        send(client, "without it")
+        assert texts(client)[-1] == "ok" and "a.zip" in shown(agent)
         text, image, words = shown_to(agent)[0]["content"]
         assert "some\nwords" in text["text"] and "a.md" in text["text"] and words["text"] == "look"
         assert image == {"type": "input_image", "image_url": PNG_URL, "detail": "auto"}
@@ -2774,8 +2705,7 @@ def test_the_model_sees_images_and_text_and_what_it_cannot_read_is_an_error() ->
 def test_an_upload_url_works_once_and_for_what_was_announced(chat: Client) -> None:
     file_id, url = announce(chat, mime_type="text/plain; charset=utf-8")
     assert fetched(chat, {"id": file_id}) == [404]
-    for wrong in (url.split("?")[0], url + "x"):
-        assert chat.post(wrong, files=form(b"abc")).status_code == 404
+    assert chat.post(url + "x", files=form(b"abc")).status_code == 404
     for data, mime_type in [(b"ab", "text/plain"), (b"abcd", "text/plain"), (b"abc", "text/html")]:
         response = chat.post(url, files=form(data, mime_type=mime_type))
         assert response.status_code in (400, 413) and response.json()["detail"]
@@ -2817,12 +2747,17 @@ def test_a_recording_becomes_text_and_may_be_as_large_as_a_file() -> None:
             assert exchange(client, "input.transcribe", **recording(size)) == {"text": f"{size} audio/webm"}
         for size in (2_000_001, 2_100_000):
             assert refused(client, "input.transcribe", **recording(size))[0] == 413
-    with serving(talker(["ok"])) as client:  # where it is not set up
-        response = client.post("/chatkit", json=asked("input.transcribe", **recording(3)))
-        assert response.status_code == 501 and "OPENAI_API_KEY" in response.json()["message"]
 
 
-# ---- malformed requests
+def test_what_is_not_set_up_is_said(chat: Client) -> None:
+    create(chat)
+    assert "on_action" in refused(chat, "threads.custom_action", action={"type": "x"})[1]
+    recording = asked("input.transcribe", audio_base64="AAAA", mime_type="audio/webm")
+    response = chat.post("/chatkit", json=recording)
+    assert response.status_code == 501 and "OPENAI_API_KEY" in response.json()["message"]
+
+
+# ---- requests
 
 # What the real component was seen to send: {t} is a thread, {u} its user message, {w} its widget, {q} its
 # question, {p} a thread with a client tool's call, {a} a file.
@@ -2855,53 +2790,6 @@ def filled(params: Any, **ids: str) -> Any:
     return json.loads(re.sub(r'"\{(.)\}"', lambda name: json.dumps(ids[name[1]]), json.dumps(params)))
 
 
-# What can be no value of a kind, and what must not stand in a place though it is of the right kind.
-WRONG_KIND: dict[type, list[Any]] = {str: [5, []], int: ["x", [], 1.5], bool: [5, "perhaps"]}
-WRONG_KIND |= {list: [5, "x", {}], dict: [True, "x", []]}
-IDS = ("thread_id", "item_id", "after", "attachment_id")
-ODD_IDS = ["", "-1", "999", "1.0", " 1", "0x1", "\u0661", "9" * 500]  # are not found
-WRONG_VALUE: dict[str, list[Any]] = {
-    "threads.list limit": [0, -1],
-    "threads.list order": ["ASC"],
-    "threads.update title": [None, " ", "x" * 201],
-    "threads.add_user_message input.content.0": [None, {"text": "x"}, {"type": "output_text", "text": "x"}],
-    "threads.add_user_message input.attachments": [None, [5]],
-    "threads.add_structured_input input.status": ["pending"],
-    "items.feedback item_ids": [None, [1]],
-    "items.feedback kind": [None, "neutral"],
-    "attachments.create name": [None, "", "x" * 256],
-    "attachments.create size": [None, -1, 2**63],
-    "attachments.create mime_type": [None, "text", "/", "a/b\r\nA: b", "a/b/c", "t\u00e9/x", "*/*"],
-    "input.transcribe audio_base64": [None, "A", "AA A", "\u00e9"],
-}
-
-
-def places(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What stands in a request's params, and where."""
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-        yield f"{path}{key}", child
-        if isinstance(child, (dict, list)) and key not in ("result", "payload", "data"):  # which are any JSON
-            yield from places(child, f"{path}{key}.")
-
-
-@pytest.mark.parametrize("operation", dict(RECORDED))
-def test_a_malformed_field_is_refused_and_named(operation: str) -> None:
-    valid = filled(dict(RECORDED)[operation], **dict.fromkeys("tpuwqa", "1"))
-    with serving(talker(["ok"]), on_action=redraw, transcribe=transcribe) as client:
-        create(client)
-        for path, there in places(valid):
-            *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
-            generic = [] if last in ("result", "payload") else WRONG_KIND[type(there)]
-            generic = generic + ODD_IDS * (last in IDS)
-            for wrong in [*generic, *WRONG_VALUE.get(f"{operation} {path}", [])]:
-                params = copy.deepcopy(valid)
-                functools.reduce(lambda part, key: part[key], parents, params)[last] = wrong
-                status, detail = refused(client, operation, **params)
-                named = status == 400 and all(part in detail for part in path.split("."))
-                assert named or status == (404 if last in IDS else 413), (path, wrong, detail)
-        assert len(items(client)) == 2 and len(exchange(client, "threads.list")["data"]) == 1
-
-
 # ======================================================================== the real component, and its samples
 # What OpenAI's component was seen to do; then the SDK's own API for tools, and two agents as in its samples.
 
@@ -2909,26 +2797,8 @@ BROWSER = {"chatkit-frame-instance-id": "7a406c65-dee8-41fb-bbdf-f86674d076b2", 
 ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173)]
 
 
-def test_the_components_preflights_let_listed_pages_in_and_others_are_told_of_in_the_log(
-    chat: Client, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "chatkit")
-    names = {"chatkit-frame-instance-id", "content-type"}
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": ",".join(names)}
-    for path, origin in itertools.product(("/chatkit", "/attachments"), ORIGINS):
-        headers = chat.options(path, headers={"Origin": origin, **asks}).raise_for_status().headers
-        assert headers["access-control-allow-origin"] == origin
-        assert headers["access-control-allow-credentials"] == "true"
-        assert names <= set(re.findall(r"[\w-]+", headers["access-control-allow-headers"].lower()))
-    assert "CHATKIT_CORS_ORIGINS" not in caplog.text
-    chat.options("/chatkit", headers={"Origin": "http://localhost:4000", **asks})
-    until(lambda: "http://localhost:4000" in caplog.text)  # which is logged after the answer
-    assert "CHATKIT_CORS_ORIGINS" in caplog.text
-
-
 def test_every_request_that_the_component_was_seen_to_make_is_answered() -> None:
-    agent = Agent(name="Demo", model=ck.DemoModel(delay=0), tools=[choose, survey, draw])
-    with serving(agent, on_action=redraw, transcribe=transcribe) as client:
+    with serving(TOOLBOX, on_action=redraw, transcribe=transcribe) as client:
         drawn, made = create(client, "call draw"), {"a": upload(client, b"abc")["id"]}
         made |= {"t": drawn[0]["thread"]["id"], "u": drawn[1]["item"]["id"]}
         made["w"] = next(each["item"]["id"] for each in drawn if "widget" in each.get("item", {}))
@@ -2955,11 +2825,7 @@ def test_a_long_thread_opens_with_its_oldest_items_and_the_rest_in_large_pages(t
         first = exchange(client, "threads.get_by_id")["items"]
         more = pages(client, "items.list", limit=9999, order="asc", after=first["after"])
         assert [len(page) for page in [first["data"], *more]] == [20, 1000, 82]
-        assert client.messages(1)[-1] == {
-            **client.messages(1)[-1],
-            "id": int(more[-1][-1]),
-            "content": "1100",
-        }
+        assert client.messages(1)[-1]["id"] == int(more[-1][-1])
 
 
 def test_what_the_component_leaves_out_is_not_missed() -> None:
@@ -2974,79 +2840,16 @@ def test_what_the_component_leaves_out_is_not_missed() -> None:
         assert items(client, "client_tool_call")[0]["status"] == "completed"
 
 
-# ---- nothing vanishes
-
-# What a person can run into, and what is said. Thread 1 is there, 2 is locked, 3 closed.
-Case = tuple[str, dict[str, Any], str]
-VANISHING: list[Case] = [
-    ("threads.create", {"input": user_input("x" * 101)}, "100"),
-    ("threads.add_user_message", {"input": user_input("x", quoted_text="x" * 100)}, "100"),
-    ("threads.add_user_message", {"thread_id": "2", "input": user_input("hi")}, "Holidays"),
-    ("threads.retry_after_item", {"thread_id": "3", "item_id": "5"}, "closed"),
-    ("threads.create", {"input": user_input("hi", inference_options={"model": "x"})}, "demo"),
-    ("threads.create", {"input": user_input("hi", inference_options={"tool_choice": {"id": "x"}})}, "echo"),
-    ("threads.create", {"input": user_input("hi", attachments=["att_0"])}, "ttachment"),
-    ("threads.add_client_tool_output", {"result": 1}, "pending"),
-    ("threads.custom_action", {"action": {"type": "x"}}, "on_action"),
-]
-
-
-def everything(client: Client) -> Any:
-    """All that is stored of conversations."""
-    ids = [row["id"] for row in client.get("/api/conversations").json()]
-    return [client.get(f"/api/conversations/{number}").json() for number in ids]
-
-
-def nothing_comes_of(client: Client, operation: str, params: dict[str, Any], says: str) -> Any:
-    """A stream says why nothing is stored; whether it may be tried again."""
-    before = everything(client)
-    event = exchange(client, operation, **params)[-1]
-    assert event["type"] == "error" and says in event["message"], (operation, event)
-    assert everything(client) == before
-    return event["allow_retry"]
-
-
-def test_nothing_that_a_person_does_vanishes() -> None:
-    with serving(talker(["ok"]), max_message_chars=100) as client:
-        for status in ("active", "locked", "closed"):
-            url = f"/api/conversations/{create(client)[0]['thread']['id']}"
-            client.patch(url, json={"status": status, "reason": "Holidays"}).raise_for_status()
-        for empty in (user_input(" \n\u3000"), user_input("", content=[])):
-            assert refused(client, "threads.create", input=empty)[0] == 400
-        for case in VANISHING:
-            assert nothing_comes_of(client, *case) is False, case
-        for path in ("/chatkit", "/api/conversations/2/retry"):  # the other dialect has statuses
-            response = client.post(path, json={"message": "hi", "thread_id": 2} if path == "/chatkit" else {})
-            assert response.status_code == 409 and "Holidays" in response.json()["detail"]
-
-
-@pytest.mark.parametrize(
-    ("action", "status", "says"),
-    [("refuse", 400, "refused"), ("break", 500, "Something went wrong while answering.")],
-)
-def test_an_action_that_fails_is_said_also_where_there_is_no_stream(
-    action: str, status: int, says: str
-) -> None:
-    with serving(talker(["ok"]), on_action=redraw) as client:
-        create(client)
-        params = {"action": {"type": action}}
-        nothing_comes_of(client, "threads.custom_action", params, says)
-        response = client.post("/chatkit", json=asked("threads.sync_custom_action", **params))
-        assert response.status_code == status and says in response.json()["message"]
-
-
 def test_while_an_answer_is_written_another_may_be_tried_later() -> None:
-    wait, more = Wait(), {"input": user_input("more")}
-    with serving(talker(["One ", wait, "two"]), max_concurrent_turns=2) as client:
+    wait, operations = Wait(), dict[str, Any](add_user_message={"input": user_input("more")})
+    operations |= {"retry_after_item": {"item_id": "1"}, "add_client_tool_output": {"result": 1}}
+    with serving(talker(["One ", wait, "two"])) as client:
         with streaming(client) as response:
             until(wait.reached.is_set)
             assert texts(client) == ["hello", "One "]  # what a reload shows
-            assert nothing_comes_of(client, "threads.add_user_message", more, "already")
-            assert nothing_comes_of(client, "threads.retry_after_item", {"item_id": "1"}, "already")
-            assert nothing_comes_of(client, "threads.add_client_tool_output", {"result": 1}, "already")
-            with streaming(client):
-                until(lambda: client.messages(2)[-1]["content"] == "One ")
-                assert nothing_comes_of(client, "threads.create", more, "busy")
+            for operation, params in operations.items():
+                status, says = refused(client, f"threads.{operation}", **params)
+                assert status == 503 and "already" in says
             wait.gate.set()
             response.read()
         assert texts(client) == ["hello", "One two"]
@@ -3057,13 +2860,12 @@ def test_while_an_answer_is_written_another_may_be_tried_later() -> None:
 
 def test_a_locked_thread_says_why_until_it_is_active_again(chat: Client) -> None:
     create(chat)
-    for status, given in (("locked", {}), ("closed", {"reason": "Holidays"})):
-        chat.patch("/api/conversations/1", json={"status": status, **given}).raise_for_status()
+    for given in ({"status": "locked"}, {"status": "closed", "reason": "Holidays"}, {"status": "active"}):
+        chat.patch("/api/conversations/1", json=given).raise_for_status()
         shown = exchange(chat, "threads.get_by_id")["status"]
-        assert shown["type"] == status and shown["reason"] and given.items() <= shown.items()
+        assert given.items() <= {**shown, "status": shown["type"]}.items()
+        assert bool(shown.get("reason")) == (shown["type"] != "active")
         assert exchange(chat, "threads.list")["data"][0]["status"] == shown
-    chat.patch("/api/conversations/1", json={"status": "active"}).raise_for_status()
-    assert exchange(chat, "threads.get_by_id")["status"] == {"type": "active"}
     send(chat, "more")
 
 
@@ -3099,23 +2901,31 @@ def test_a_thread_that_changes_says_so_in_the_stream() -> None:
         assert {**last, "items": thread["items"]} == thread
 
 
-def test_metadata_headers_and_locale_of_a_request_reach_the_agent_but_no_secret_does() -> None:
-    contexts: list[ck.TurnContext] = []
+def test_metadata_headers_locale_and_choices_reach_the_agent_but_no_secret_does() -> None:
+    agent, contexts = talker(["ok"]), list[ck.TurnContext]()
 
-    async def answer(context: ck.TurnContext, history: list[Any]) -> AsyncIterator[str]:
+    def make(context: ck.TurnContext) -> Agent[Any]:
         contexts.append(context)
-        yield "ok"
+        return agent
 
-    secret = {"Authorization": "Bearer x", "Cookie": "x=y"}
-    with serving(answer) as client:
-        body = {**asked("threads.create", input=user_input("hi")), "metadata": {"plan": "gold"}}
-        for locale in ("de-DE", "fr, en;q=0.5", ""):
-            headers = {**secret, "Map-Id": "orbital", "Accept-Language": locale}
-            client.post("/chatkit", json=body, headers=headers).raise_for_status()
+    chosen = {"model": "fast", "tool_choice": {"id": "poetry"}}  # which is a mode, as it is no tool
+    with serving(make, models="fast=demo,smart=demo") as client:
+        client.headers.update({"Authorization": "Bearer x", "Cookie": "x=y", "Map-Id": "orbital"})
+        for locale, options in [
+            ("de-DE", chosen),
+            ("fr, en;q=0.5", {"tool_choice": {"id": "echo"}}),
+            ("", {}),
+        ]:
+            body = asked("threads.create", input=user_input("hi", inference_options=options))
+            body["metadata"], client.headers["Accept-Language"] = {"plan": "gold"}, locale
+            client.post("/chatkit", json=body).raise_for_status()
+        assert items(client)[0]["inference_options"] == chosen
     given = contexts[0].request_context
     assert given["metadata"] == {"plan": "gold"} and given["headers"]["map-id"] == "orbital"
     assert not {"authorization", "cookie"} & set(given["headers"])
-    assert [context.locale for context in contexts] == ["de-DE", "fr", "en"]
+    told = [(context.locale, context.tool_choice) for context in contexts]
+    assert told == [("de-DE", "poetry"), ("fr", "echo"), ("en", None)]
+    assert [settings.tool_choice for settings in cast(Script, agent.model).settings] == ["echo", None]
 
 
 def test_feedback_is_kept_and_reaches_the_apps_handler_with_the_items_that_there_are() -> None:
@@ -3133,23 +2943,6 @@ def test_feedback_is_kept_and_reaches_the_apps_handler_with_the_items_that_there
     both = ["user_message", "assistant_message"]
     assert heard == [("local", both, "negative"), ("local", both[1:], "positive")]
     assert feedback == ["negative", "positive", None, None]
-
-
-def test_choices_reach_the_model_and_come_back_with_the_message() -> None:
-    agent, modes = talker(["ok"]), []
-
-    def make(context: ck.TurnContext) -> Agent[Any]:
-        modes.append(context.tool_choice)
-        return agent
-
-    options = {"model": "fast", "tool_choice": {"id": "poetry"}}
-    with serving(make, models="fast=demo,smart=demo") as client:
-        item = create(client, inference_options=options)[1]["item"]
-        assert item["inference_options"] == options and items(client)[0] == item
-        create(client, inference_options={"tool_choice": {"id": "echo"}}), create(client)
-        assert modes == ["poetry", "echo", None]  # the first is a mode, as it is no tool
-        model = cast(Script, agent.model)
-        assert [settings.tool_choice for settings in model.settings] == ["echo", None]
 
 
 # ---- the SDK's API for tools and actions
@@ -3200,7 +2993,12 @@ def test_a_widget_that_grows_is_streamed_as_what_was_added() -> None:
     ]
 
 
-def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off() -> None:
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off(typed: bool) -> None:
+    def made(name: str, value: dict[str, Any]) -> Any:
+        """The value, or as the SDK's own type."""
+        return sdk_type(name).validate_python(value) if typed else value
+
     look = {"type": "custom", "title": "Look", "status_indicator": "loading"}
     done = {**look, "title": "Think", "status_indicator": "complete"}
     source = {"type": "url", "title": "Cats", "url": "https://cats.example"}
@@ -3208,15 +3006,15 @@ def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off() -> 
     unstoppable = {"type": "stream_options", "stream_options": {"allow_cancel": False}}
 
     async def work(context: ck.TurnContext) -> None:
-        await context.stream(unstoppable)
-        await context.start_workflow({"type": "custom", "tasks": []})
-        await context.add_workflow_task(look)
+        await context.stream(made("ThreadStreamEvent", unstoppable))
+        await context.start_workflow(made("Workflow", {"type": "custom", "tasks": []}))
+        await context.add_workflow_task(made("Task", look))
         await context.add_workflow_task({**look, "title": "Think"})
-        await context.update_workflow_task(done, task_index=1)
+        await context.update_workflow_task(made("Task", done), task_index=1)
         await context.end_workflow({"title": "All done"}, expanded=True)
         await context.remove(await context.say("Wait"))
         await context.hidden("The cat sleeps.")
-        await context.say("See here", annotations=[cited])
+        await context.say("See here", annotations=[made("Annotation", cited)])
 
     events = run_tool(work)
     assert unstoppable in events and "sleeps" not in json.dumps(events)
@@ -3250,82 +3048,60 @@ def test_an_action_may_come_while_an_answer_is_written_and_have_the_agent_speak_
         assert shown(agent).count("They clicked.") == 3
 
 
-# ---- an agent as in OpenAI's samples
+# ---- the SDK's own types
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_cat_lounge_written_with_the_sdks_own_types() -> None:
     types, widgets, agents = (optional(f"chatkit.{name}") for name in ("types", "widgets", "agents"))
 
-    async def add(context: ck.TurnContext, kind: Any, **fields: Any) -> None:
-        head = {"id": context.generate_id("message"), "thread_id": context.thread.id}
-        item = kind(**head, created_at=datetime.now(), **fields)
-        await context.stream(types.ThreadItemDoneEvent(item=item))
-
-    async def say(context: ck.TurnContext, text: str, *cited: Any) -> None:
-        content = [types.AssistantMessageContent(text=text, annotations=list(cited))]
-        await add(context, types.AssistantMessageItem, content=content)
-
-    def names_card(names: list[str], selected: str = "") -> Any:
-        def button(name: str) -> Any:
-            action = widgets.ActionConfig(type="select", payload={"name": name, "options": names})
-            return widgets.Button(label=name, onClickAction=action, disabled=bool(selected))
-
-        return widgets.Card(children=[button(name) for name in names])
-
-    @function_tool
-    async def suggest_names(ctx: Wrapper, names: list[str]) -> None:
-        await ctx.context.stream(types.ProgressUpdateEvent(text="Thinking of names"))
-        await ctx.context.add_workflow_task(types.CustomTask(title="Reading the list"))
-        await ctx.context.end_workflow()
-        sources = [types.EntitySource(id=name, title=name, icon="map-pin", data={}) for name in names]
-        cited = [types.Annotation(source=source, index=index) for index, source in enumerate(sources)]
-        await say(ctx.context, "Here are some names.", *cited)
-        await ctx.context.stream_widget(names_card(names), copy_text=", ".join(names))
-
-    @function_tool
-    async def feed_cat(ctx: Wrapper, meal: str) -> None:
-        await add(ctx.context, types.HiddenContextItem, content=f"<FED>{meal}</FED>")
-        ctx.context.client_tool_call = agents.ClientToolCall(name="update_cat", arguments={"fed": meal})
+    def card(name: str, **more: Any) -> Any:
+        action = widgets.ActionConfig(type="select", payload={"name": name})
+        return widgets.Card(children=[widgets.Button(label=name, onClickAction=action, **more)])
 
     @function_tool
     async def show_cat(ctx: Wrapper) -> None:
-        image = types.GeneratedImage(id="cat", url="https://cats.example/tom.png")
-        await add(ctx.context, types.GeneratedImageItem, image=image)
+        context = ctx.context
+
+        async def add(kind: Any, **fields: Any) -> None:
+            head = {"id": context.generate_id("message"), "thread_id": context.thread.id}
+            item = kind(**head, created_at=datetime.now(), **fields)
+            await context.stream(types.ThreadItemDoneEvent(item=item))
+
+        await context.add_workflow_task(types.CustomTask(title="Reading the list"))
+        await add(types.AssistantMessageItem, content=[types.AssistantMessageContent(text="This is Tom.")])
+        await add(types.HiddenContextItem, content="<FED>tuna</FED>")
+        await add(
+            types.GeneratedImageItem, image=types.GeneratedImage(id="cat", url="https://x.example/tom.png")
+        )
+        await context.stream_widget(card("Tom"), copy_text="Tom")
+        context.client_tool_call = agents.ClientToolCall(name="update_cat", arguments={"fed": "tuna"})
 
     async def on_action(context: ck.TurnContext, action: dict[str, Any], item: Any) -> None:
-        name, names = action["payload"]["name"], action["payload"]["options"]
-        drawn = types.WidgetItem.model_validate(item).model_copy(update={"widget": names_card(names, name)})
+        name = action["payload"]["name"]
+        chosen = {"widget": card(name, disabled=True)}
+        drawn = types.WidgetItem.model_validate(item).model_copy(update=chosen)
         await context.stream(types.ThreadItemReplacedEvent(item=drawn))
-        await context.replace_widget(item["id"], names_card([name]), copy_text=name)
         context.thread.title = f"{name}'s Lounge"
         context.thread.status = types.LockedStatus(reason="The cat sleeps.")
-        await say(context, f"Love that choice. {name} it is.")
 
-    naming, feeding = Call("suggest_names", {"names": ["Tom", "Kit"]}), Call("feed_cat", {"meal": "tuna"})
-    tools = [suggest_names, feed_cat, show_cat]
-    agent = scripted([naming], [feeding], ["Purr."], [Call("show_cat")], tools=tools)
-    agent.tool_use_behavior = StopAtTools(stop_at_tool_names=[tool.name for tool in tools])
+    agent = scripted([Call("show_cat")], ["Purr."], tools=[show_cat])
+    agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["show_cat"])
     with serving(agent, on_action=on_action) as client:
-        events = create(client, "name it")
+        events = create(client)
         [widget] = items(client, "widget")
         click = widget["widget"]["children"][0]["onClickAction"]
         action = {name: click[name] for name in ("type", "payload")}
         events += exchange(client, "threads.custom_action", item_id=widget["id"], action=action)
         check_stored(client, events)
-        assert {"type": "progress_update", "text": "Thinking of names"} in events
         thread = next(event["thread"] for event in events if event["type"] == "thread.updated")
         assert (thread["title"], thread["status"]["reason"]) == ("Tom's Lounge", "The cat sleeps.")
-        assert items(client, "widget")[0]["copy_text"] == "Tom"
         client.patch("/api/conversations/1", json={"status": "active"}).raise_for_status()
-        call = last_item(send(client, "feed it"))
+        [call] = items(client, "client_tool_call")
         assert call == {**call, "name": "update_cat", "arguments": {"fed": "tuna"}, "status": "pending"}
         exchange(client, "threads.add_client_tool_output", result={"ok": True})
-        assert "<FED>tuna" in shown(agent) and texts(client)[2].endswith("Tom it is.")
-        send(client, "show it")
-        assert items(client, "generated_image")[0]["image"]["url"] == "https://cats.example/tom.png"
-        cited = items(client, "assistant_message")[0]["content"][0]["annotations"]
-        assert [note["source"]["id"] for note in cited] == ["Tom", "Kit"]
+        assert "<FED>tuna" in shown(agent) and texts(client) == ["hello", "This is Tom.", "Purr."]
+        assert items(client, "generated_image")[0]["image"]["url"] == "https://x.example/tom.png"
 
 
 # ================================================================================================= Faults
@@ -3377,7 +3153,7 @@ def serving_file(path: Path, *responses: Any, **options: Any) -> Iterator[tuple[
     """A server on a file, and a function for SQL on its own connection; conversation 1 is "hi", "Ready."."""
     held: list[Any] = []
 
-    async def instructions(wrapper: RunContextWrapper[ck.TurnContext], _: Any) -> str:
+    async def instructions(wrapper: Wrapper, _: Any) -> str:
         held[:] = wrapper.context.store, asyncio.get_running_loop()
         return ""
 
@@ -3388,7 +3164,7 @@ def serving_file(path: Path, *responses: Any, **options: Any) -> Iterator[tuple[
         yield client, lambda sql: asyncio.run_coroutine_threadsafe(store.execute(sql), loop).result(DEADLINE)
 
 
-def assert_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def assert_no_traceback(caplog: Any) -> None:
     assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
 
 
@@ -3520,106 +3296,81 @@ def test_a_signal_ends_fifty_turns_saved_and_explained_within_two_seconds(
 
 @pytest.mark.parametrize("seconds", [0.3, pytest.param(12, marks=slow)])
 @pytest.mark.parametrize("words_before", [0, 1, 2])
-def test_a_lock_during_a_turn_does_not_lose_the_answer(
+def test_what_is_said_during_a_lock_is_saved_after_it_without_waiting_for_more(
     tmp_path: Path, words_before: int, seconds: float
 ) -> None:
     """The lock lasts longer than SQLite waits by itself; a short one afterwards holds up the next message."""
-    path, wait, steps = tmp_path / "chatkit.db", Wait(), list[Any](["Hello ", "world."])
-    steps.insert(words_before, wait)
+    path, lock, silence = tmp_path / "chatkit.db", Wait(), Wait()
+    steps: list[Any] = ["Hello ", "world.", silence]
+    steps.insert(words_before, lock)
     with serving_file(path, steps) as (client, sql), ThreadPoolExecutor(1) as pool:
+        client.timeout = httpx.Timeout(60)
         if seconds < 5:
             sql("PRAGMA busy_timeout = 100")
-        answer = pool.submit(Heard("hi").listen, str(client.base_url))
-        assert wait.reached.wait(DEADLINE)
+        answer = pool.submit(client.send_message, "hi")
+        assert lock.reached.wait(DEADLINE)
         with locked(path):
-            wait.gate.set()
+            lock.gate.set()
+            if words_before == 2:
+                silence.gate.set()  # the end comes during the lock too
             time.sleep(seconds)
-        heard = answer.result(60)
-        assert heard.ended and heard.events[-1][1]["status"] == "completed"
+        until(lambda: rows_of(path, "SELECT 1 FROM messages WHERE content = 'Hello world.'"), 1.5)
+        silence.gate.set()
+        assert answer.result(60)[-1]["status"] == "completed"
         assert [row["content"] for row in client.messages(2)] == ["hi", "Hello world."]
         sql("PRAGMA busy_timeout = 5000")
         with locked(path):
-            answer = pool.submit(Heard("more").listen, str(client.base_url), 2)
+            answer = pool.submit(client.send_message, "more", 2)
             time.sleep(0.1)
             assert not answer.done()
-        assert answer.result(60).ended and len(client.messages(2)) == 4
+        assert answer.result(60) and len(client.messages(2)) == 4
     assert_sound(path)
-
-
-def test_text_said_during_a_lock_is_saved_after_it_without_waiting_for_more(tmp_path: Path) -> None:
-    path, locking, silence = tmp_path / "chatkit.db", Wait(), Wait()
-    answer = ["one ", locking, *["two "] * 15, silence, "three"]
-    with serving_file(path, answer, delay=0.02) as (client, sql), ThreadPoolExecutor(1) as pool:
-        sql("PRAGMA busy_timeout = 100")
-        running = pool.submit(client.send_message, "hi")
-        assert locking.reached.wait(DEADLINE)
-        with locked(path):
-            locking.gate.set()
-            assert silence.reached.wait(DEADLINE)
-        try:
-            until(
-                lambda: rows_of(path, "SELECT 1 FROM messages WHERE content LIKE ?", "%two " * 15 + "%"), 1.5
-            )
-        finally:
-            silence.gate.set()
-        assert running.result(DEADLINE)[-1]["status"] == "completed"
 
 
 def takes_nothing(client: Client, told: str, text: str = "new") -> None:
     """What must write is refused: with a 503, or on ChatKit's streams, where it shows nowhere, an `error`."""
-    created = {"type": "threads.create", "params": {"input": user_input(text)}}
-    bodies = [{"message": text}, {"message": text, "thread_id": 1}, created]
-    responses = at_once(3, lambda number: client.post("/chatkit", json=bodies[number], timeout=60))
-    (error,) = chatkit_events(responses.pop().raise_for_status().text)
+    bodies: list[Any] = [{"message": text}, {"message": text, "thread_id": 1}]
+    bodies.append(asked("threads.create", input=user_input(text)))
+    *responses, stream = at_once(3, lambda number: client.post("/chatkit", json=bodies[number], timeout=60))
+    (error,) = chatkit_events(stream.raise_for_status().text)
     assert error["message"].startswith(told) and error["allow_retry"]
-    for response in responses:
+    for response in [*responses, client.patch("/api/conversations/1", json={"metadata": {"a": text}})]:
         assert response.status_code == 503 and response.headers["retry-after"]
         assert response.json()["detail"].startswith(told)
 
 
-@pytest.mark.parametrize(
-    ("limit", "lift", "told"),
-    [
-        ("max_page_count = 1", "max_page_count = 100000", "The disk is full"),
-        ("query_only = ON", "query_only = OFF", "The database is read-only"),
-    ],
-)
-def test_an_answer_that_the_database_does_not_take_fails_and_the_next_is_taken(
-    tmp_path: Path, limit: str, lift: str, told: str, caplog: pytest.LogCaptureFixture
+FAULTS = [  # on the server's own connection
+    ("max_page_count = 1", "max_page_count = 100000", "The disk is full"),
+    ("query_only = ON", "query_only = OFF", "The database is read-only"),
+    ("busy_timeout = 150", "busy_timeout = 5000", "The database is locked"),
+]
+
+
+@pytest.mark.parametrize(("limit", "lift", "told"), FAULTS)
+def test_what_the_database_does_not_take_is_refused_and_the_next_is_taken(
+    tmp_path: Path, limit: str, lift: str, told: str, caplog: Any
 ) -> None:
-    path, wait = tmp_path / "chatkit.db", Wait()
+    path, wait, lock = tmp_path / "chatkit.db", Wait(), "locked" in told
     with serving_file(path, ["Hello ", wait, "x" * 50_000]) as (client, sql), ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.send_message, "hi", 1)
+        running = pool.submit(client.send_message, "hi")
         assert wait.reached.wait(DEADLINE)
         sql(f"PRAGMA {limit}")
-        wait.gate.set()
-        error, done = running.result(DEADLINE)[-2:]
-        assert (error["type"], error["code"], done["status"]) == ("error", "storage", "failed")
-        assert error["message"].startswith(told)
-        takes_nothing(client, told, "x" * 30_000)
-        assert caplog.text.count("the database failed") >= 3
-        assert len(client.messages(1)) >= 3  # readers do not mind
-        assert rows_of(path, "SELECT COUNT(*) FROM messages WHERE role = 'user'") == [(2,)]
+        with locked(path) if lock else contextlib.nullcontext():
+            wait.gate.set()
+            if not lock:  # which an answer outlives
+                error, done = running.result(DEADLINE)[-2:]
+                assert (error["type"], error["code"], done["status"]) == ("error", "storage", "failed")
+                assert error["message"].startswith(told)
+            before, began = dump(path), time.monotonic()
+            takes_nothing(client, told, "x" * 30_000)
+            assert time.monotonic() - began < 2
+            assert len(client.messages(1)) == 2 and dump(path) == before  # readers do not mind
+        assert lock or caplog.text.count("the database failed") >= 3
         sql(f"PRAGMA {lift}")
-        assert client.send_message("again", 1)[-1]["status"] == "completed"
-        states = [row["status"] for row in client.messages(1)]
-        assert states.pop(3) in ("failed", "interrupted") and set(states) == {"done"}
-    assert_sound(path)
-
-
-@pytest.mark.parametrize("patience", [0.15, pytest.param(5, marks=slow)])
-def test_a_long_lock_is_refused_and_leaves_nothing_behind(tmp_path: Path, patience: float) -> None:
-    path = tmp_path / "chatkit.db"
-    with serving_file(path, ["Hello."]) as (client, sql):
-        sql(f"PRAGMA busy_timeout = {int(patience * 1000)}")
-        before, began = dump(path), time.monotonic()
-        with locked(path):
-            takes_nothing(client, "The database is locked")
-            renamed = client.patch("/api/conversations/1", json={"title": "other"}, timeout=60)
-            assert renamed.status_code == 503 and time.monotonic() - began < 6 * patience
-            assert client.messages(1)  # readers do not mind
-        assert dump(path) == before
-        assert said(client.send_message("after", 1)) == "Hello."
+        assert lock == (running.result(DEADLINE)[-1]["status"] == "completed")
+        assert client.send_message("again", 2)[-1]["status"] == "completed"
+        states = [row["status"] for row in client.messages(2)]
+        assert states.pop(1) in (("done",) if lock else ("failed", "interrupted")) and set(states) == {"done"}
     assert_sound(path)
 
 
@@ -3636,14 +3387,13 @@ def test_a_file_that_went_away_takes_no_more_messages(tmp_path: Path, fate: str)
     assert not path.exists() or rows_of(path, "SELECT name FROM sqlite_schema") == [("mine",)]
 
 
-def test_the_directory_may_change_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_may_change_while_it_runs(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with serving(scripted(["Hello."]), database="chatkit.db") as client:
         monkeypatch.chdir("/")  # as notebooks do
         assert said(client.send_message("hi")) == "Hello."
 
 
-SOUP = "CREATE TABLE conversations (name, status)"
 OURS = (HERE / "schema.sql").read_text(encoding="utf-8")
 
 
@@ -3652,12 +3402,19 @@ OURS = (HERE / "schema.sql").read_text(encoding="utf-8")
     [
         ("Dear diary, " * 1000, "not a database"),
         (f"{OURS}; PRAGMA user_version = {ck.SCHEMA_VERSION + 1}", "newer version"),
-        (f"{SOUP}; PRAGMA user_version = {ck.SCHEMA_VERSION}", "something else"),
+        (
+            f"CREATE TABLE conversations (name, status); PRAGMA user_version = {ck.SCHEMA_VERSION}",
+            "something else",
+        ),
+        *(
+            (f"CREATE TABLE {name} (mine TEXT); CREATE TABLE recipes (name)", name)
+            for name in ("messages", "tasks")
+        ),
     ],
-    ids=["no database", "a newer version", "another program's with our version"],
+    ids=["no database", "a newer version", "another program's", "clash of messages", "clash of tasks"],
 )
 def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
-    tmp_path: Path, content: str, told: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, content: str, told: str, capsys: Any
 ) -> None:
     path = tmp_path / "some.db"
     if content.startswith("Dear"):
@@ -3714,9 +3471,8 @@ def test_writers_that_fail_or_are_cancelled_take_nobody_elses_rows_along(tmp_pat
     assert rows_of(path, "SELECT COUNT(*) FROM notes") == [(60,)]
     users = "SELECT COUNT(*) FROM messages WHERE role = 'user' AND conversation_id = c.id"
     assert rows_of(path, f"SELECT id FROM conversations c WHERE ({users}) <> 1") == []
-    assert len(begun) >= 60 and set(begun) <= {
-        row[0] for row in rows_of(path, "SELECT id FROM conversations")
-    }
+    there = {row[0] for row in rows_of(path, "SELECT id FROM conversations")}
+    assert len(begun) >= 60 and set(begun) <= there
     assert_sound(path)
 
 
@@ -3734,15 +3490,16 @@ def test_four_servers_may_start_at_once_on_a_new_file(tmp_path: Path) -> None:
 # ---- readers
 
 
-@pytest.mark.parametrize("heard", ["", "Hello ", '"done"'])
-def test_a_reader_that_leaves_does_not_stop_the_answer(heard: str, caplog: pytest.LogCaptureFixture) -> None:
-    wait = Wait()
-    with serving(scripted(["Hello ", wait, "world."])) as client:
-        with client.stream("POST", "/chatkit", json={"message": "hi"}) as response:
-            if heard == '"done"':
-                wait.gate.set()
+@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
+@pytest.mark.parametrize("heard", ["", "Hello "])
+def test_a_reader_that_leaves_does_not_stop_the_answer(heard: str, dialect: str, caplog: Any) -> None:
+    wait, body, options = Wait(), {"message": "hi"}, dict[str, Any]()
+    if dialect == "ChatKit":  # where leaving is how the component's stop button says so
+        body, options = asked("threads.create", input=user_input("hi")), {"on_disconnect": "continue"}
+    with serving(scripted(["Hello ", wait, "world."]), **options) as client:
+        with client.stream("POST", "/chatkit", json=body) as response:
             text, chunks = "", response.iter_text()
-            while heard not in text:
+            while not re.search(heard, text):
                 text += next(chunks)
         assert wait.reached.wait(DEADLINE)
         wait.gate.set()
@@ -3752,9 +3509,9 @@ def test_a_reader_that_leaves_does_not_stop_the_answer(heard: str, caplog: pytes
     assert_no_traceback(caplog)
 
 
-def test_a_request_that_breaks_off_begins_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_request_that_breaks_off_begins_nothing(caplog: Any) -> None:
     with serving(scripted(["Never."])) as client:
-        with socket.create_connection(("127.0.0.1", client.base_url.port or 80), DEADLINE) as caller:
+        with dial(client) as caller:
             head = "POST /chatkit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             caller.sendall(f'{head}Content-Length: 99\r\n\r\n{{"message": "hi"'.encode())
             time.sleep(0.1)
@@ -3808,41 +3565,21 @@ JSON = {"Content-Type": "application/json"}
 MAX_BODY = 1024 * 1024  # bytes that a request may have
 
 
-class Parrot(Script):
-    """Calls `give_back` with the person's words, or what "call NAME ARGUMENTS" says; then says them twice.
-
-    Keeps nothing between two calls: so it answers in any number of conversations at once.
-    """
-
-    async def stream_response(self, system_instructions: Any, input: Any, *rest: Any, **more: Any) -> Any:
-        words = next(item["content"] for item in reversed(input) if item.get("role") == "user")
-        asked = re.fullmatch(r"call (\w+) (.*)", words)
-        steps: list[Any] = [Call(*asked.groups()) if asked else Call("give_back", {"what": words})]
-        if input[-1].get("type") == "function_call_output":
-            steps = [words, "+", words]
-        async for event in Script(steps).stream_response(system_instructions, input, *rest, **more):
-            yield event
-
-
-def parrot_agent() -> Agent[Any]:
-    async def give_back(what: str) -> str:
-        return what
-
-    return Agent(name="Parrot", model=Parrot(), tools=[function_tool(give_back), draw, survey, choose])
-
-
 @pytest.fixture(scope="module")
 def parrot() -> Iterator[Client]:
-    """A server whose tests do not mind what others left behind in it. There is a conversation 1."""
-    with serving(parrot_agent(), max_attachment_bytes=MAX_BODY) as client:
-        client.send_message("hi")
+    """A server whose tests do not mind what others left behind. There is 1; 2 is locked, and 3 closed."""
+    options: Any = {"transcribe": transcribe, "on_action": redraw}
+    with serving(TOOLBOX, max_attachment_bytes=MAX_BODY, **options) as client:
+        for status in ("active", "locked", "closed"):
+            url = f"/api/conversations/{client.send_message('hi')[0]['thread_id']}"
+            client.patch(url, json={"status": status, "reason": "Holidays"}).raise_for_status()
         yield client
 
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Client]:
     """The same, for those who have a token."""
-    with serving(parrot_agent(), jwt_secret=SECRET) as client:
+    with serving(TOOLBOX, jwt_secret=SECRET) as client:
         yield client
 
 
@@ -3907,7 +3644,7 @@ ATTEMPTS = ATTEMPTS.replace("SKIP", '{"status": "skipped"}').replace("CLICK", '{
 
 
 def belongings(client: Client, name: str) -> dict[str, str]:
-    """What the table of attempts names, made in a server of parrot_agent()."""
+    """What the table of attempts names, made in a server of TOOLBOX."""
     began = create(client, "call draw {}")
     thread = began[0]["thread"]["id"]
     client.operate("threads.update", thread_id=thread, title=f"{name}'s")
@@ -3931,7 +3668,7 @@ def attempts(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
 
 def test_everything_of_somebody_elses_is_not_found_and_stays_untouched(tmp_path: Path) -> None:
     file, has = tmp_path / "chatkit.db", {}
-    with serving(parrot_agent(), database=str(file), jwt_secret=SECRET) as client:
+    with serving(TOOLBOX, database=str(file), jwt_secret=SECRET) as client:
         for name in ("ann", "ben"):
             client.headers.update(bearer(name))
             has[name] = belongings(client, name)
@@ -3967,45 +3704,42 @@ def test_every_route_is_in_these_tables_and_all_but_the_pages_want_a_token() -> 
         for route in routes:
             method, path = re.sub(r"\{\w+\}", "1", route).split(" ")
             assert client.request(method, path).status_code == (200 if route in lines(PAGES) else 401), route
+            if "{attachment_id}" not in route and route not in lines(PAGES):  # a key opens one file
+                assert client.request(method, path + "?key=x").status_code == 401, route
 
 
 # ---- tokens
 
+NOW, HS256 = int(time.time()), {"alg": "HS256"}
+SOON = {"exp": NOW + 3600}
+CLAIMS: dict[str, Any] = {"sub": "ann", **SOON}
 
-def encode(claims: dict[str, Any], key: Any = SECRET, algorithm: str = "HS256", **header: Any) -> str:
-    return jwt.encode(claims, key, algorithm=algorithm, headers=header or None)
 
-
-def by_hand(header: Any, claims: Any, secret: bytes = SECRET.encode()) -> str:
-    """A token that no library would make."""
+def token(claims: Any = CLAIMS, header: Any = HS256, secret: bytes = SECRET.encode()) -> str:
+    """Made by hand, because no library would make some of these."""
     given = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in (header, claims)]
     signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in given)
     signature = hmac.digest(secret, signed, "sha512" if "HS512" in str(header) else "sha256")
     return f"{signed.decode()}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
 
 
-GOOD: dict[str, Any] = {"sub": "ann", "exp": int(time.time()) + 3600}
-HS256, SOON = {"alg": "HS256"}, GOOD["exp"]
 BAD_CLAIMS: dict[str, list[Any]] = {
     "sub": [5, None, "", "  ", ["ann"], "a" * 256, "\ud83d"],
-    "exp": [1, int(time.time()) - 1, None, "tomorrow", math.inf],
-    "nbf": [SOON],
-    "iat": [SOON],
+    "exp": [1, NOW - 1, None, "tomorrow", math.inf],
+    "nbf": [NOW + 3600],
+    "iat": [NOW + 3600],
     "more": ["x" * 20_000],
 }
-BAD_TOKENS: list[str] = [
-    *("nonsense", "..", "a.b.c", encode(GOOD)[:-2], encode(GOOD).rsplit(".", 1)[0] + "."),
-    *(encode(GOOD, SECRET + "!"), encode(GOOD, crit=["x"], x=1), by_hand(HS256, GOOD, b"")),
-    *(by_hand({"alg": alg}, GOOD) for alg in ("none", "NONE", "", None, ["HS256"], "HS512", "RS256")),
-    *(by_hand(header, GOOD) for header in cast(Any, ({"typ": "JWT"}, [], b"[" * 5000))),
-    *(by_hand(HS256, claims) for claims in ([GOOD], b"[" * 5000, {"exp": SOON}, {"sub": "ann"})),
-    *(by_hand(HS256, {"id": id_, "exp": SOON}) for id_ in (5, ["ann"], "")),
-    *(by_hand(HS256, {"id": "ann", **GOOD, name: bad}) for name in BAD_CLAIMS for bad in BAD_CLAIMS[name]),
-]
-MISPLACED = [  # a good token, but not as it should be given
-    *(["Bearer"], ["Basic YW5uOmFubg=="], ["Token {}"], ["{}"], ["Bearer {} {}"], ["Bearer {}, Bearer {}"]),
-    *([], ["Bearer {}", "Bearer {}"]),
-]
+BAD_PARTS: list[Any] = [[CLAIMS], b"[" * 5000, SOON, {"sub": "ann"}]
+BAD_PARTS += [{"id": user_id, **SOON} for user_id in (5, ["ann"], "")]
+BAD_PARTS += [{"id": "ann", **CLAIMS, name: bad} for name in BAD_CLAIMS for bad in BAD_CLAIMS[name]]
+BAD_HEADERS: list[Any] = [{"typ": "JWT"}, [], b"[" * 5000, {**HS256, "crit": ["x"], "x": 1}]
+BAD_HEADERS += [{"alg": name} for name in ("none", "NONE", "", None, ["HS256"], "HS512", "RS256")]
+BAD_TOKENS = ["nonsense", "..", "a.b.c", token()[:-2], token().rsplit(".", 1)[0] + "."]
+BAD_TOKENS += [token(secret=secret) for secret in (b"", SECRET.encode() + b"!")]
+BAD_TOKENS += [*map(token, BAD_PARTS), *(token(header=header) for header in BAD_HEADERS)]
+# A good token, but not as it should be given.
+MISPLACED = ["Bearer", "Basic YW5uOmFubg==", "Token {}", "{}", "Bearer {} {}", "Bearer {}, Bearer {}"]
 
 
 def status_with(client: Client, token: str) -> int:
@@ -4013,35 +3747,31 @@ def status_with(client: Client, token: str) -> int:
 
 
 def test_a_bad_token_or_a_misplaced_one_is_a_401(guarded: Client) -> None:
-    assert status_with(guarded, by_hand(HS256, GOOD)) == 200
-    good = f"Bearer {encode(GOOD)}"
-    for given in [*([f"Bearer {token}"] for token in BAD_TOKENS), *MISPLACED]:
-        headers = [
-            ("Authorization", text.replace("Bearer {}", good).replace("{}", good[7:])) for text in given
-        ]
-        headers += [("X-Authorization", good), ("Cookie", f"Authorization={good}")]
-        response = guarded.get(f"/api/conversations?token={good[7:]}", headers=headers)
-        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), given
+    good = token()
+    assert status_with(guarded, good) == 200
+    given = [[f"Bearer {bad}"] for bad in BAD_TOKENS] + [[way.replace("{}", good)] for way in MISPLACED]
+    for texts in [*given, [], [f"Bearer {good}"] * 2]:
+        headers = [("Authorization", text) for text in texts]
+        headers += [("X-Authorization", f"Bearer {good}"), ("Cookie", f"Authorization=Bearer {good}")]
+        response = guarded.get(f"/api/conversations?token={good}", headers=headers)
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), texts
         assert set(response.json()) == {"detail"} and SECRET not in response.text
 
 
 def test_the_user_is_the_subject_or_else_the_id(guarded: Client) -> None:
     for claims in ({"sub": "ann"}, {"id": "ann"}, {"sub": "ann", "id": "ben"}, {"sub": "ann", "aud": "x"}):
-        headers = {"Authorization": "bearer  " + encode({**claims, "exp": SOON})}
-        events = list(plain_events(guarded.post("/chatkit", json={"message": "hi"}, headers=headers)))
-        url = f"/api/conversations/{events[0]['thread_id']}"
+        given = {"Authorization": "bearer  " + token({**claims, **SOON})}
+        thread = guarded.post("/chatkit", json={"message": "hi"}, headers=given).headers["x-thread-id"]
+        url = f"/api/conversations/{thread}"
         assert [guarded.get(url, headers=bearer(name)).status_code for name in ("ann", "ben")] == [200, 404]
 
 
 def test_audience_and_issuer_must_fit_where_they_are_set() -> None:
+    fits = {**CLAIMS, "iss": "https://me", "aud": "chat"}
+    changes: list[Any] = [{}, {"aud": ["x", "chat"]}, {"aud": "x"}, {"aud": []}, {"iss": "https://me/"}]
     with serving(jwt_secret=SECRET, jwt_audience="chat", jwt_issuer="https://me") as client:
-        assert status_with(client, encode(GOOD)) == 401
-        for issuer, audience in itertools.product(
-            ("https://me", "https://me/"), ("chat", ["x", "chat"], "x", [])
-        ):
-            fits = issuer == "https://me" and "chat" in audience
-            token = encode({**GOOD, "iss": issuer, "aud": audience})
-            assert status_with(client, token) == (200 if fits else 401), (issuer, audience)
+        statuses = [status_with(client, token(claims)) for claims in ({**fits, **each} for each in changes)]
+        assert [*statuses, status_with(client, token())] == [200, 200, 401, 401, 401, 401]
 
 
 class KeyServer(BaseHTTPRequestHandler):
@@ -4066,8 +3796,8 @@ def private_keys() -> dict[str, Any]:
     return {"EdDSA": ed25519.Ed25519PrivateKey.generate(), "ES256": keys[0], "RS256": keys[1]}
 
 
-def sign(name: str, claims: dict[str, Any] = GOOD, **header: Any) -> str:
-    return encode(claims, private_keys()[name], name, **{"kid": name, **header})
+def sign(name: str, claims: dict[str, Any] = CLAIMS, algorithm: str = "", **header: Any) -> str:
+    return jwt.encode(claims, private_keys()[name], algorithm or name, headers={"kid": name, **header})
 
 
 def jwk(name: str) -> dict[str, Any]:
@@ -4076,7 +3806,7 @@ def jwk(name: str) -> dict[str, Any]:
 
 
 def jwks(*names: str) -> bytes:
-    return json.dumps({"keys": [jwk(name) for name in names]}).encode()
+    return json.dumps({"keys": [*map(jwk, names)]}).encode()
 
 
 @contextlib.contextmanager
@@ -4094,10 +3824,14 @@ def test_a_public_key_at_the_url_serves_its_own_algorithm_alone(secret: str | No
     with with_keys(*private_keys(), jwt_secret=secret) as client:
         assert [status_with(client, sign(name)) for name in [*private_keys()] * 2] == [200] * 6
         assert KeyServer.asked == 1
-        bad = [encode(GOOD, private_keys()["RS256"], name, kid="RS256") for name in ("RS384", "PS256")]
+        bad = [sign("RS256", algorithm=algorithm) for algorithm in ("RS384", "PS256")]
         bad.append(sign("RS256", jku="http://127.0.0.1/", jwk=jwk("RS256"), kid="unknown"))
         for name, key in private_keys().items():
-            bad += [sign(name, {**GOOD, "exp": 1}), sign(name, {"sub": "ann"}), sign(name)[:-8] + "AAAA" * 2]
+            bad += [
+                sign(name, {**CLAIMS, "exp": 1}),
+                sign(name, {"sub": "ann"}),
+                sign(name)[:-8] + "AAAA" * 2,
+            ]
             bad += [sign(name, kid=other) for other in private_keys() if other != name]
             form_ = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
             pem = key.public_key().public_bytes(*form_)
@@ -4105,12 +3839,12 @@ def test_a_public_key_at_the_url_serves_its_own_algorithm_alone(secret: str | No
             known = [pem, pem.strip(), json.dumps(jwk(name), separators=(",", ":")).encode(), b"", *parts]
             known += [base64.urlsafe_b64decode(part + b"==") for part in parts]
             for algorithm in ("HS256", "HS512", "none", name):  # what everybody knows, taken for a secret
-                bad += [by_hand({"alg": algorithm, "kid": name}, GOOD, each) for each in known]
-        assert {status_with(client, token) for token in bad} == {401}
-        assert status_with(client, encode(GOOD)) == (200 if secret else 401)
+                bad += [token(CLAIMS, {"alg": algorithm, "kid": name}, each) for each in known]
+        assert {status_with(client, each) for each in bad} == {401}
+        assert status_with(client, token()) == (200 if secret else 401)
 
 
-def test_keys_change_without_a_restart_and_outlive_their_url(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_change_without_a_restart_and_outlive_their_url(monkeypatch: Any) -> None:
     gone_by, clock, old, new = [0.0], SimpleNamespace(**vars(time)), "ES256", "EdDSA"
     clock.monotonic = lambda: time.monotonic() + sum(gone_by)
     for module in (ck, jwt.api_jwk, jwt.jwk_set_cache, jwt.jwks_client):
@@ -4139,7 +3873,8 @@ def test_keys_change_without_a_restart_and_outlive_their_url(monkeypatch: pytest
 
 BEGIN, HI = f'{{"type": "threads.create", "params": {{"input": {{{WORDS}}}}}}}', '{"message": "hi"}'
 EVIL, LONG = "https://evil.example", "x" * (2 * MAX_BODY)
-# 40* is 400 or 404. A \x stands for a byte.
+# 40* is 400 or 404, 200 an `error` event, 503 one that may be tried again. A \x stands for a byte. What is
+# said has the word after #.
 REFUSALS = r"""
 400 POST /chatkit (null | 5 | true | [] | {} | "hi" | [{}] | {"message": "hi" | {"message": "hi"} {} | )
 400 POST /chatkit {"message": (null | 5 | true | [] | {} | "" | " \n" | "\ud83d" | "\xff" | "\xed\xa0\xbd")}
@@ -4168,7 +3903,23 @@ REFUSALS = r"""
 404 GET /attachments/x
 405 (PUT /chatkit | GET /chatkit | DELETE /health)
 415 POST /attachments {}
-"""
+400 POST /chatkit {"message": "hi", "threadId": 1} # thread_id
+400 POST /chatkit {"message": "hi", "toolChoice": 1} # tool_choice
+409 POST /chatkit {"message": "hi", "thread_id": 2} # Holidays
+409 POST /api/conversations/2/retry {} # Holidays
+413 attachments.create {"name": "a", "size": 9223372036854775808, "mime_type": "a/b"}
+400 threads.create {"input": {"content": [( | {"type": "input_text", "text": " \n\u3000"})]}}
+200 threads.create {"input": {"content": [{"type": "input_text", "text": "32001"}]}} # 32
+200 threads.create {"input": {WORDS, "quoted_text": "32001"}} # 32
+200 threads.create {"input": {WORDS, "inference_options": {"model": "x"}}} # demo
+200 threads.create {"input": {WORDS, "inference_options": {"tool_choice": {"id": "x"}}}} # give_back
+200 threads.create {"input": {WORDS, "attachments": ["att_0"]}} # ttachment
+200 threads.add_user_message {"thread_id": "2", "input": {WORDS}} # Holidays
+200 threads.retry_after_item {"thread_id": "3", "item_id": "5"} # closed
+200 threads.add_client_tool_output {"thread_id": "1", "result": 1} # pending
+(200 threads. | 400 threads.sync_)custom_action {"thread_id": "1", "action": {"type": "refuse"}} # refused
+(503 threads. | 500 threads.sync_)custom_action {"thread_id": "1", "action": {"type": "break"}} # wrong
+""".replace("WORDS", WORDS)
 DEEP = ["[" * 900 + "]" * 900, "[" * 250_000 + "]" * 250_000, '{"a":' * 100_000 + "1" + "}" * 100_000]
 FOREIGN = """
 403 Host: (evil.example | localhost.evil.example | localhost@evil.example | 127.0.0.1.evil.example)
@@ -4178,27 +3929,75 @@ FOREIGN = """
 403 Origin: https://localhost:3000, Sec-Fetch-Site: same-site
 415 Content-Type: (text/plain | text/plain; x=application/json | application/x-www-form-urlencoded | x/x | )
 """
+# What can be no value of a kind, and what must not stand in a place though it is of the right kind.
+WRONG_KIND: dict[type, list[Any]] = {str: [5, []], int: ["x", [], 1.5], bool: [5, "perhaps"]}
+WRONG_KIND |= {list: [5, "x", {}], dict: [True, "x", []]}
+IDS = ("thread_id", "item_id", "after", "attachment_id")
+ODD_IDS = ["", "-1", "999", "1.0", " 1", "0x1", "\u0661", "9" * 500]  # are not found
+WRONG_VALUE: dict[str, list[Any]] = {
+    "threads.list limit": [0, -1],
+    "threads.list order": ["ASC"],
+    "threads.update title": [None, " ", "x" * 201],
+    "threads.add_user_message input.content.0": [None, {"text": "x"}, {"type": "output_text", "text": "x"}],
+    "threads.add_user_message input.attachments": [None, [5]],
+    "threads.add_structured_input input.status": ["pending"],
+    "items.feedback item_ids": [None, [1]],
+    "items.feedback kind": [None, "neutral"],
+    "attachments.create name": [None, "", "x" * 256],
+    "attachments.create size": [None, -1],
+    "attachments.create mime_type": [None, "text", "/", "a/b\r\nA: b", "a/b/c", "t\u00e9/x", "*/*"],
+    "input.transcribe audio_base64": [None, "A", "AA A", "\u00e9"],
+}
+
+
+def malformed(operation: str, valid: Any, at: Any, *parents: Any) -> Iterator[str]:
+    """Lines of requests with a wrong value in one place, which is named in what is said."""
+    for key, child in at.items() if isinstance(at, dict) else enumerate(at):
+        place, anything = [*parents, key], key in ("result", "payload", "data")
+        wrong = [] if anything else WRONG_KIND[type(child)] + ODD_IDS * (key in IDS)
+        for value in [*wrong, *WRONG_VALUE.get(f"{operation} {'.'.join(map(str, place))}", [])]:
+            at[key] = value
+            status, names = "40*" if key in IDS else "400", " ".join(map(str, place))
+            yield f"{status} {operation} {json.dumps(valid)} # {names}"
+        at[key] = child
+        if isinstance(child, (dict, list)) and not anything:
+            yield from malformed(operation, valid, child, *place)
+
+
 REFUSED = [("", line) for line in lines(REFUSALS)]
 REFUSED += [("", f'400 POST /chatkit {{"message": "hi", "x": {text}}}') for text in [*DEEP, "9" * 5000]]
 REFUSED += [(way[4:], f"{way[:4]}POST /chatkit {body}") for way in lines(FOREIGN) for body in (HI, BEGIN)]
 REFUSED += [(way[4:], "403 GET /api/conversations ") for way in lines(FOREIGN) if "Host" in way]
+for operation, params in RECORDED:
+    params = filled(params, **dict.fromkeys("tpuwqa", "1"))
+    REFUSED += [("", line) for line in malformed(operation, params, params)]
 
 
 def test_what_is_not_right_is_refused_in_a_sentence_and_nothing_is_kept(parrot: Client) -> None:
-    def kept() -> list[Any]:
-        return [parrot.get("/api/conversations" + which).json() for which in ("?limit=100", "/1")]
+    def kept(*numbers: int) -> list[Any]:
+        paths = ["?limit=100", *(f"/{number}" for number in numbers)]
+        return [parrot.get("/api/conversations" + path).json() for path in paths]
 
-    before = kept()
+    before, all_before = kept(), kept(1, 2, 3)
     for way, line in REFUSED:
         headers = dict(header.split(": ") for header in way.split(", ") if way)
-        method, path, body = request_of(line[4:])
+        wanted, request, words = line[:3], *line[4:].partition(" # ")[::2]
+        method, path, body = request_of(request)
         raw = re.sub(rb"\\x(..)", lambda code: bytes.fromhex(code[1].decode()), body.encode())
         content = raw.replace(b"LONG", LONG.encode()).replace(b"32001", b"x" * 32_001)
         response = parrot.request(method, path, headers={**JSON, **headers}, content=content)
-        told = way, line[:200], response.status_code, response.text
-        assert re.fullmatch(line[:3].replace("*", "[04]"), str(response.status_code)), told
-        assert isinstance(response.json()["detail"], str) and response.json()["detail"], told
+        status, streamed = response.status_code, response.headers["content-type"].startswith("text/event")
+        answer = validated("", chatkit_events(response.text))[-1] if streamed else response.json()
+        detail = answer.get("detail") or answer["message"]
+        if streamed:
+            assert answer["type"] == "error", line
+            status = 503 if answer["allow_retry"] else 200
+        told = way, line[:200], status, response.text
+        assert re.fullmatch(wanted.replace("*", "[04]"), str(status)) and isinstance(detail, str), told
+        assert streamed or request[0].isupper() or answer == {"detail": detail, "message": detail}, told
+        assert detail and (status == 404 or all(word in detail for word in words.split())), told
         assert "access-control-allow-origin" not in response.headers and kept() == before, told
+    assert kept(1, 2, 3) == all_before
 
 
 @pytest.mark.parametrize("body", [HI, BEGIN])
@@ -4211,13 +4010,23 @@ def test_this_machine_and_listed_pages_get_in(parrot: Client, body: str) -> None
     assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
-def test_a_preflight_without_a_token_lets_listed_origins_alone_pass(guarded: Client) -> None:
-    asks = {"Access-Control-Request-Headers": "x-of-the-page", "Access-Control-Request-Method": "PATCH"}
-    for origin in ("http://localhost:5173", "http://localhost:5174", EVIL, "null"):
-        headers = guarded.options("/api/conversations/1", headers={"Origin": origin, **asks}).headers
-        passes = headers.get("access-control-allow-origin") == origin
-        assert passes == origin.endswith("5173") == ("access-control-allow-origin" in headers)
-        assert not passes or "x-of-the-page" in headers["access-control-allow-headers"]
+def test_preflights_let_listed_pages_in_without_a_token_and_others_are_told_of_in_the_log(
+    guarded: Client, caplog: Any
+) -> None:
+    caplog.set_level("INFO", "chatkit")
+    names = {"chatkit-frame-instance-id", "content-type", "x-of-the-page"}
+    asks = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": ",".join(names)}
+    paths = ("/chatkit", "/attachments", "/api/conversations/1")
+    for origin, path in itertools.product([*ORIGINS, "http://localhost:5174", "null", EVIL], paths):
+        listed = origin in ORIGINS
+        headers = guarded.options(path, headers={"Origin": origin, **asks}).headers
+        assert headers.get("access-control-allow-origin") == (origin if listed else None)
+        if listed:
+            assert headers["access-control-allow-credentials"] == "true"
+            assert names <= set(re.findall(r"[\w-]+", headers["access-control-allow-headers"].lower()))
+            assert "CHATKIT_CORS_ORIGINS" not in caplog.text
+    until(lambda: EVIL in caplog.text)  # which is logged after the answer
+    assert "CHATKIT_CORS_ORIGINS" in caplog.text
 
 
 def dial(client: Client) -> socket.socket:
@@ -4256,25 +4065,14 @@ def test_an_odd_form_is_refused_or_taken_but_breaks_nothing(parrot: Client) -> N
     names += [b'; filename="+2AA-\xff\0"', b'; filename="a"\r\nContent-Type: \xff/\0']
     forms = [FILE + name + b"\r\n\r\nhi\r\n--x--" for name in names]
     forms += [b"", b"--x", b"--x\r\n\r\nhi\r\n--x--", (FILE + b"\r\n\r\nhi\r\n") * 30]
-    for kind in (
-        "",
-        "; boundary=",
-        "; boundary=x",
-        "; boundary=x; charset=utf-7",
-        "; boundary=x; charset=undefined",
-    ):
-        for content in forms:
-            headers = {"Content-Type": "multipart/form-data" + kind}
-            response = parrot.post("/attachments", content=content, headers=headers)
-            assert response.status_code in (200, 400, 413, 415), (kind, content, response.text)
-            if response.status_code == 200:
-                assert parrot.get(f"/attachments/{response.json()['id']}").content == b"hi"
-
-
-def test_a_search_for_anything_is_a_search(parrot: Client) -> None:
-    odd = "%00 %22 * zz+OR NEAR( owner:+zz ^ %ed%a0%80 - (((((((((( ' zz*b%22c {zz} zz+AND"
-    for words in odd.split(" "):
-        assert parrot.get(f"/api/conversations?q={words}").json() == [], words
+    x = "; boundary=x"
+    kinds = ["", "; boundary=", x, f"{x}; charset=utf-7", f"{x}; charset=undefined"]
+    for kind, content in itertools.product(kinds, forms):
+        headers = {"Content-Type": "multipart/form-data" + kind}
+        response = parrot.post("/attachments", content=content, headers=headers)
+        assert response.status_code in (200, 400, 413, 415), (kind, content, response.text)
+        if response.status_code == 200:
+            assert parrot.get(f"/attachments/{response.json()['id']}").content == b"hi"
 
 
 # ---- anything at all
@@ -4296,7 +4094,7 @@ def mutate(value: Any, chance: random.Random) -> Any:
     at += range(len(value)) if isinstance(value, list) else []
     if not at or chance.random() < 0.2:
         return chance.choice(NASTY)
-    place, changed = chance.choice(at), value.copy()
+    place, changed = chance.choice(at), copy.copy(value)
     changed[place] = mutate(value[place], chance)
     if chance.random() < 0.1:
         del changed[place]
@@ -4323,7 +4121,7 @@ def spoilt(line: str, chance: random.Random) -> tuple[str, str, bytes]:
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=slow)])
 def test_no_mutation_of_a_valid_request_breaks_it_or_its_answer(tmp_path: Path, count: int) -> None:
     chance, statuses, file = random.Random(6), collections.Counter[int](), tmp_path / "chatkit.db"
-    with serving(parrot_agent(), database=str(file), transcribe=transcribe, on_action=redraw) as client:
+    with serving(TOOLBOX, database=str(file), transcribe=transcribe, on_action=redraw) as client:
         for number in range(count):
             if number % 100 == 0:  # what there was is renamed, locked and deleted by now
                 mine = belongings(client, "local")
@@ -4356,7 +4154,7 @@ ODD_JSON = ['{"a": "\\ud83d"}', '{"a": NaN}', '{"a": 1e999}', "[" * 5000, "[" + 
 def both_streams(client: Client, text: str) -> list[list[Any]]:
     """A message's events in either dialect, read as the HTML standard has a browser do, and as strictly."""
     both = []
-    for body in ({"message": text}, {"type": "threads.create", "params": {"input": user_input(text)}}):
+    for body in ({"message": text}, asked("threads.create", input=user_input(text))):
         stream = re.sub("\r\n?", "\n", client.post("/chatkit", json=body).text)
         assert set(re.findall("^[^:\n]*", stream, re.M)) <= {"data", "id", ""}
         told = re.findall("^data: (.*)", stream, re.M)
@@ -4367,49 +4165,38 @@ def both_streams(client: Client, text: str) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("text", FORGED)
-def test_text_is_shown_and_kept_as_it_was_said_and_forges_no_event(parrot: Client, text: str) -> None:
+def test_text_is_shown_and_kept_as_it_was_said_and_forges_no_event(text: str) -> None:
     once, twice = f"!{text}!", f"!{text}!+!{text}!"
-    events, chatkit = both_streams(parrot, once)
+    turn = [Call("give_back", {"what": once})], [once, "+", once]
+    with serving(scripted(*turn, *turn, tools=[give_back])) as client:
+        events, chatkit = both_streams(client, once)
+        kept = [row["content"] for row in client.messages(1)]
+        titles = (
+            client.patch("/api/conversations/1", json={"title": once}),
+            client.get("/api/conversations/1"),
+        )
     assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
     assert (said(events), events[2]["args"], events[3]["result"]) == (twice, {"what": once}, once)
-    assert [row["content"] for row in parrot.messages(events[0]["thread_id"])] == [once, once, twice]
-    assert "".join(e["update"]["delta"] for e in chatkit if "delta" in e.get("update", {})) == twice
+    assert kept == [once, once, twice]
+    assert "".join(update["delta"] for update in updates_in(chatkit) if "delta" in update) == twice
     done = [event["item"] for event in of_type(chatkit, "thread.item.done")]
     assert [item["type"] for item in done] == ["user_message", "task", "assistant_message"]
     assert [item["content"][0]["text"] for item in done if "content" in item] == [once, twice]
-    path = f"/api/conversations/{events[0]['thread_id']}"
-    assert (
-        parrot.patch(path, json={"title": once}).json()["title"] == once == parrot.get(path).json()["title"]
-    )
+    assert [response.json()["title"] for response in titles] == [once, once]
 
 
 @pytest.mark.parametrize("odd", ODD_JSON)
-def test_results_and_arguments_that_are_not_quite_json_break_nothing(parrot: Client, odd: str) -> None:
-    events, chatkit = both_streams(parrot, odd)
-    assert said(events) == f"{odd}+{odd}"
-    assert of_type(events, "tool_result")[0]["result"] in (odd, {"a": "\ufffd"})
-    assert len(parrot.operate("items.list", thread_id=chatkit[0]["thread"]["id"])["data"]) == 3
-    events, chatkit = both_streams(parrot, f"call give_back {odd}")
-    assert events[-1]["type"] == "done" and chatkit[-1]["type"] in ("thread.item.done", "error")
-    assert {row["status"] for row in parrot.messages(events[0]["thread_id"])} <= {"done", "failed"}
-    assert said(parrot.send_message("and now", events[0]["thread_id"])) == "and now+and now"
-
-
-def test_a_tool_cannot_send_what_no_reader_could_read() -> None:
-    @function_tool
-    async def send_odd(wrapper: RunContextWrapper[ck.TurnContext], number: int) -> str:
-        context, odd = wrapper.context, {"value": (math.nan, math.inf)[number]}
-        event = {"type": "client_effect", "name": "mine", "data": odd}
-        card = {"type": "Card", "children": [odd]}
-        for sending in (context.effect("mine", odd), context.widget(card), context.stream(event)):
-            with pytest.raises(ValueError):  # noqa: PT011
-                await sending
-        return "refused"
-
-    calls = [Call("send_odd", {"number": number}) for number in (0, 1)]
-    with serving(scripted(calls, ["Well."], tools=[send_odd])) as client:
-        results = of_type(client.send_message("hi"), "tool_result")
-    assert [event["result"] for event in results] == ["refused"] * 2
+def test_results_and_arguments_that_are_not_quite_json_break_nothing(odd: str) -> None:
+    turn = [Call("give_back", {"what": odd})], [odd]
+    with serving(scripted(*turn, *turn, tools=[give_back])) as client:
+        events, _ = both_streams(client, odd)
+        assert said(events) == odd and len(items(client, thread_id="2")) == 3
+        assert of_type(events, "tool_result")[0]["result"] in (odd, {"a": "\ufffd"})
+    for begin_with in (Client.send_message, create):
+        with serving(scripted([Call("give_back", odd)], ["Well."], tools=[give_back])) as client:
+            assert begin_with(client, "hi")[-1]["type"] in ("done", "thread.item.done", "error")
+            assert {row["status"] for row in client.messages(1)} <= {"done", "failed"}
+            assert said(client.send_message("and now", 1)) == "Well."
 
 
 # ---- limits
@@ -4425,7 +4212,7 @@ def test_beyond_the_limits_the_answer_is_no_at_once(body: str, limit: str, statu
         def got_in(user_id: str) -> bool:
             response = client.post("/chatkit", content=body, headers={**JSON, **bearer(user_id)})
             if body == BEGIN:  # the component shows an `error` event, and of a 503 nothing
-                return "error" not in kinds(chatkit_events(response.text))
+                return not any(event.get("allow_retry") for event in chatkit_events(response.text))
             assert response.status_code in (200, status)
             return response.status_code == 200 or not int(response.headers["retry-after"])
 
@@ -4502,7 +4289,7 @@ CHATKIT_JWT_SECRET only-a-short-secret
 
 
 @pytest.mark.parametrize("line", BAD_SETTINGS.split("\n")[1:-1])
-def test_a_setting_that_makes_no_sense_is_named(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_makes_no_sense_is_named(line: str, monkeypatch: Any) -> None:
     name, *values = line.split()
     for value in values:
         monkeypatch.setenv(name, value)
@@ -4520,14 +4307,6 @@ def test_an_unknown_variable_gets_a_warning_with_the_nearest_name(monkeypatch: A
     assert "CHATKIT_TITLE" not in caplog.text
 
 
-def test_a_field_that_looks_like_another_is_refused_and_the_other_named(hello: Client) -> None:
-    before = hello.get("/api/conversations").json()
-    for slip, name in (("threadId", "thread_id"), ("toolChoice", "tool_choice")):
-        response = hello.post("/chatkit", json={"message": "hi", slip: 1})
-        assert response.status_code == 400 and name in response.json()["detail"]
-    assert hello.get("/api/conversations").json() == before
-
-
 def test_the_module_alone_says_what_is_missing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     shutil.copy(HERE / "chatkit_server.py", tmp_path / "copied_alone.py")
     monkeypatch.syspath_prepend(tmp_path)
@@ -4538,14 +4317,12 @@ def test_the_module_alone_says_what_is_missing(tmp_path: Path, monkeypatch: Any,
 
 def test_the_modules_own_list_of_packages_is_that_of_requirements_txt() -> None:
     source = (HERE / "chatkit_server.py").read_text(encoding="utf-8")
-    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.M)
-    assert block is not None
-    inner = re.sub("^# ?", "", block[1], flags=re.M)
-    assert re.search('^requires-python = ">=3.10"', inner, re.M)
-    listed = ast.literal_eval(inner.partition("dependencies = ")[2])
+    block = source.partition("# /// script\n")[2].partition("# ///\n")[0]
+    assert '# requires-python = ">=3.10"' in block
     needed = (HERE / "requirements.txt").read_text(encoding="utf-8").partition("# For the tests")[0]
-    wanted = [line.partition(";")[0].strip() for line in needed.splitlines() if line and line[0] != "#"]
-    assert sorted(line.partition(";")[0].strip() for line in listed) == sorted(wanted)
+    listed = re.findall(r'^# +"([^";]+)', block, re.M)
+    wanted = re.findall(r"^[^#;\n]+", needed, re.M)
+    assert listed and sorted(map(str.strip, listed)) == sorted(map(str.strip, wanted))
 
 
 def test_a_token_comes_with_an_invitation(guarded: Client, monkeypatch: Any, capsys: Any) -> None:
@@ -4558,16 +4335,19 @@ def test_a_token_comes_with_an_invitation(guarded: Client, monkeypatch: Any, cap
 # ---- data of one's own
 
 
-async def test_a_store_may_be_shared_with_the_app_and_take_tables_of_ones_own(tmp_path: Path) -> None:
+async def test_a_store_and_its_file_may_be_shared_and_have_tables_of_ones_own(tmp_path: Path) -> None:
     @function_tool
-    async def note(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+    async def note(wrapper: Wrapper) -> str:
         context = wrapper.context
-        await context.store.execute("CREATE TABLE IF NOT EXISTS notes (user_id TEXT, text TEXT)")
         await context.store.execute("INSERT INTO notes VALUES (?, ?)", context.user_id, text)
         return json.dumps(await context.store.execute("SELECT * FROM notes"))
 
     text, file = "'; DROP TABLE notes; --", tmp_path / "chat.db"
-    agent, store = scripted([Call("note")], ["Noted."], tools=[note]), ck.Store(file)
+    change(file, "CREATE TABLE notes (user_id TEXT, text TEXT)")
+    agent, store = (
+        scripted([Call("note")], ["Noted."], [Call("note")], ["Noted."], tools=[note]),
+        ck.Store(file),
+    )
     with pytest.raises(ck.StoreError, match="async with"):
         await store.execute("SELECT 1")
     async with store:
@@ -4577,26 +4357,8 @@ async def test_a_store_may_be_shared_with_the_app_and_take_tables_of_ones_own(tm
             await client.post("http://localhost/chatkit", json={"message": "hi"})
         own = {"user_id": "local", "text": text}
         assert await store.execute("SELECT * FROM notes WHERE text = ?", text) == [own]
-    cast(Script, agent.model).seen.clear()
     with serving(agent, store=ck.Store(file)) as visitor:  # opened and closed with the app
         assert of_type(visitor.send_message("hi"), "tool_result")[0]["result"] == [own, own]
-
-
-async def test_other_tables_stay_in_the_file_and_only_a_clash_of_names_is_refused(tmp_path: Path) -> None:
-    file, clashes = tmp_path / "recipes.db", tmp_path / "clashes.db"
-    change(file, "CREATE TABLE recipes (name TEXT); INSERT INTO recipes VALUES ('soup')")
-    for count in (2, 4):
-        with serving(scripted(["hello"]), database=str(file)) as client:
-            client.send_message("hi")
-        assert rows_of(file, "SELECT COUNT(*) FROM messages") == [(count,)]
-        assert rows_of(file, "SELECT * FROM recipes") == [("soup",)]
-    for name in ("messages", "tasks"):
-        clashes.unlink(missing_ok=True)
-        change(clashes, f"CREATE TABLE {name} (mine TEXT); CREATE TABLE recipes (name TEXT)")
-        before = clashes.read_bytes()
-        with pytest.raises(ck.StoreError, match=name):
-            await ck.Store(clashes).open()
-        assert clashes.read_bytes() == before
 
 
 def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, caplog: Any) -> None:
@@ -4605,7 +4367,7 @@ def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, 
         until(lambda: rows_of(file, "SELECT id FROM messages WHERE status = 'streaming'"))
         with serving(scripted(["x"]), database=str(file)) as second:
             assert [row["status"] for row in second.messages(1)] == ["done", "streaming"]
-        assert any("shared.db" in log.getMessage() for log in caplog.records if log.levelname == "WARNING")
+        assert re.search("WARNING.*shared.db", caplog.text)
         wait.gate.set()
         assert said(events.result(DEADLINE)) == "Half whole."
     assert rows_of(file, "SELECT status FROM messages") == [("done",), ("done",)]
@@ -4615,12 +4377,8 @@ def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, 
 
 
 def test_the_config_says_what_a_page_needs(hello: Client) -> None:
-    config: dict[str, Any] = {
-        "title": "ChatKit",
-        "greeting": "How can I help?",
-        "starters": [],
-        "model": "Script",
-    }
+    config: dict[str, Any] = {"title": "ChatKit", "greeting": "How can I help?", "starters": []}
+    config["model"] = "Script"
     config |= {"models": ["demo"], "uploads": {"max_bytes": 10 * 1024 * 1024}, "dictation": False}
     config |= {"tools": [{"name": "echo", "description": "Give back what it is given."}]}
     assert hello.get("/api/config").json() == config
@@ -4641,8 +4399,7 @@ def test_readers_are_shown_as_much_of_tools_as_is_set(show: str, hidden: list[st
     turn: list[list[Any]] = [[Call("secretive", {"text": "ARGUMENT"})], ["Done."]]
     agent = scripted(*turn, *turn, tools=[secretive])
     with serving(agent, show_tools=show) as client:
-        begin = {"type": "threads.create", "params": {"input": user_input("hi")}}
-        seen = [client.post("/chatkit", json=body).text for body in ({"message": "hi"}, begin)]
+        seen = [client.post("/chatkit", content=body, headers=JSON).text for body in (HI, BEGIN)]
         seen += [client.get("/api/conversations/1" + query).text for query in ("", "?format=markdown")]
         seen += [json.dumps(client.operate("items.list", thread_id=thread)) for thread in ("1", "2")]
     for text in seen:
@@ -4692,7 +4449,7 @@ def document() -> dict[str, Any]:
         if isinstance(part, list):
             return [follow(child) for child in part]
         if isinstance(part, dict) and "$ref" in part:
-            return follow(functools.reduce(lambda place, key: place[key], part["$ref"].split("/")[1:], raw))
+            return follow(raw["components"]["schemas"][part["$ref"].rpartition("/")[2]])
         return {key: follow(child) for key, child in part.items()} if isinstance(part, dict) else part
 
     paths = follow(raw["paths"])
@@ -4734,7 +4491,7 @@ def test_no_status_and_no_answer_is_other_than_the_document_says(tmp_path: Path)
     judges = [getattr(checks, name) for name in judged]
     healthy: dict[str, Any] = {"suppress_health_check": list(hypothesis.HealthCheck)}
     tried, file = set[str](), str(tmp_path / "chat.db")
-    with serving(parrot_agent(), database=file) as client:
+    with serving(TOOLBOX, database=file) as client:
         belongings(client, "local")
     with serving(database=file, transcribe=transcribe) as client:
         for found in schemathesis.openapi.from_dict(client.get("/openapi.json").json()).get_all_operations():
@@ -4754,10 +4511,10 @@ def test_no_status_and_no_answer_is_other_than_the_document_says(tmp_path: Path)
 
 # ---- the notebook
 
-CELLS = """
+CELLS = '''
 # %% imports
-import asyncio, gc, os, signal, threading, warnings
-import httpx, chatkit_server as ck
+import asyncio, gc, os, signal, sys, threading, warnings
+import httpx, psutil, chatkit_server as ck
 warnings.simplefilter("error")
 # %% serve
 server = ck.serve_in_background(ck.create_app(database=":memory:"))
@@ -4784,6 +4541,18 @@ async for event in ck.stream_agent("hi", agent=slow, store=store, conversation_i
 async def echo(context, history):
     yield history[-1]["content"]
 async for event in ck.stream_agent("hello", agent=echo, store=store, conversation_id=1): print(event)
+# %% mcp
+from agents import Agent
+from agents.mcp import MCPServerStdio
+CLOCK = """
+import time, mcp.server
+server = mcp.server.MCPServer("clock")
+server.add_tool(lambda: time.ctime(), "now", description="Say what time it is.")
+server.run()
+"""
+clock = MCPServerStdio({"command": sys.executable, "args": ["-c", CLOCK]})
+desk = Agent(name="Desk", mcp_servers=[clock])
+async for event in ck.stream_agent("call now", agent=desk, store=store): print(event)
 # %% end
 for row in await store.execute("SELECT content, status FROM messages"): print(row)
 await store.close()
@@ -4791,10 +4560,11 @@ server.stop()
 other.stop()
 gc.collect()
 print([t.name for t in threading.enumerate() if "chatkit" in t.name or "connection" in t.name])
-"""
+print(psutil.Process().children())
+'''
 
 
-def test_the_cells_of_a_notebook_run_in_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cells_of_a_notebook_run_in_a_kernel(tmp_path: Path, monkeypatch: Any) -> None:
     optional("ipykernel")
     nbformat, nbclient = optional("nbformat"), optional("nbclient")
     codes = dict(cell.split("\n", 1) for cell in CELLS.split("# %% ")[1:])
@@ -4802,14 +4572,15 @@ def test_the_cells_of_a_notebook_run_in_a_kernel(tmp_path: Path, monkeypatch: py
     cells["interrupt"]["metadata"]["tags"] = ["raises-exception"]
     for name, value in {**CLEAN_ENV, "JUPYTER_PLATFORM_DIRS": "1"}.items():
         monkeypatch.setenv(name, value)
-    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "CHATKIT_TEST_ALL"):  # which are worth a warning
+    # What is worth a warning, and what would keep a kernel from having a stderr that processes can write to.
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "CHATKIT_TEST_ALL", "PYTEST_CURRENT_TEST"):
         monkeypatch.delenv(name, raising=False)
     notebook = nbformat.v4.new_notebook(cells=list(cells.values()))
     client = nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3")
     client.resources["metadata"] = {"path": str(tmp_path)}
     printed: dict[str, str] = {}
     with client.setup_kernel():
-        for name in ("imports", "serve", "use", "serve", "leave", "interrupt", "change", "end"):
+        for name in ("imports", "serve", "use", "serve", "leave", "interrupt", "change", "mcp", "end"):
             client.execute_cell(cells[name], list(cells).index(name))
             outputs = cells[name]["outputs"]
             assert not [out for out in outputs if out.get("name") == "stderr"], outputs
@@ -4817,15 +4588,13 @@ def test_the_cells_of_a_notebook_run_in_a_kernel(tmp_path: Path, monkeypatch: py
     [shown] = cells["serve"]["outputs"]
     assert re.search(r'<a [^>]*href="http://localhost:\d+', shown["data"]["text/html"])
     assert "Added" in printed["use"]
-    assert printed["leave"].split() == [
-        "gone",
-        "200",
-        "200",
-    ]  # the cell's first server, its second, the other
+    # The cell's first server, its second, and the other.
+    assert printed["leave"].split() == ["gone", "200", "200"]
     assert cells["interrupt"]["outputs"][-1]["ename"] in ("KeyboardInterrupt", "CancelledError")
     assert "'hello'" in printed["change"] and "'completed'" in printed["change"]
-    *rows, threads = printed["end"].splitlines()
-    assert "'Half '" in str(rows) and "streaming" not in str(rows) and threads == "[]"
+    assert time.strftime("%Y") in str(re.findall("'tool_result'.*", printed["mcp"]))
+    *rows, threads, processes = printed["end"].splitlines()
+    assert "'Half '" in str(rows) and "streaming" not in str(rows) and threads == processes == "[]"
 
 
 # ===================================================================================================== README
@@ -4848,7 +4617,7 @@ def told_in(heading: str, column: int = 0) -> list[list[str]]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: Any) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -4872,7 +4641,7 @@ def test_the_readmes_curl_prints_what_it_says() -> None:
     assert same("\n".join(lines)) == same(printed)
 
 
-def test_the_readmes_generators(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_generators(here: Path, monkeypatch: Any) -> None:
     (here / "generators.py").write_text(readme_block("generators.py").replace("port=8000", "port=0"))
     with subprocess.Popen([sys.executable, "generators.py"], env=CLEAN_ENV, text=True, **PIPES) as process:
         assert process.stdout is not None
@@ -4924,7 +4693,7 @@ def test_the_readmes_recipe_counts_clicks(example: Client) -> None:
     assert events[-1]["item"]["widget"]["children"][0]["label"] == "Soup: cooked 1 times"
 
 
-async def test_the_cells_of_the_readmes_lesson(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_cells_of_the_readmes_lesson(here: Path, capsys: Any) -> None:
     first, *cells = readme_block("lesson.py").split("# %%\n")
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(first, names)
@@ -4954,7 +4723,7 @@ def test_the_readme_lists_every_route_and_what_comes_back() -> None:
 
 def test_the_readme_lists_every_event_and_every_code_of_an_error() -> None:
     @function_tool
-    async def everything(wrapper: RunContextWrapper[ck.TurnContext]) -> None:
+    async def everything(wrapper: Wrapper) -> None:
         context = wrapper.context
         await context.progress("on it")
         await context.effect("ring")
@@ -4979,6 +4748,35 @@ def test_the_readme_lists_every_setting_what_a_context_has_and_the_sections_of_t
     assert [name for name in public if not re.search(rf"\b{name}\b", table)] == ["turn"]
     banners = re.findall(r"^# ={20,} (.+)$", Path(ck.__file__).read_text(encoding="utf-8"), re.M)
     assert re.findall(r"\*\*(.+?)\*\*", " ".join(section("Reading it").split())) == banners
+
+
+def test_each_section_uses_what_stands_above_it_and_else_what_the_map_says() -> None:
+    source = Path(ck.__file__).read_text(encoding="utf-8")
+    banners = list(re.finditer("^# ={20,} (.+)$", source, re.M))
+    starts = {banner[1]: source[: banner.start()].count("\n") for banner in banners}
+    tops = [top for top in ast.parse(source).body if top.lineno > min(starts.values())]
+
+    def section_of(node: ast.stmt) -> str:
+        return [name for name, start in starts.items() if start < node.lineno][-1]
+
+    def names_in(node: ast.stmt, kind: type[ast.expr_context]) -> set[str]:
+        return {
+            each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, kind)
+        }
+
+    home: dict[str, str] = {}
+    for top in tops:
+        names = {getattr(top, "name", "")} if hasattr(top, "name") else names_in(top, ast.Store)
+        home |= dict.fromkeys(names - {*home}, section_of(top))
+    below: dict[str, set[str]] = {name: set() for name in starts}
+    for top in tops:
+        own = {each.arg for each in ast.walk(top) if isinstance(each, ast.arg)}
+        own |= names_in(top, ast.Store) if hasattr(top, "name") else set()
+        used = {home[name] for name in (names_in(top, ast.Load) - own) & {*home}}
+        below[section_of(top)] |= {name for name in used if starts[name] > starts[section_of(top)]}
+    lines = str(ck.__doc__).partition("in brackets:")[2].strip().splitlines()
+    told = [re.fullmatch(r" *(.+?)  +.*?(?: \(([A-Z].*)\))?", line) for line in lines]
+    assert {line[1]: {*(line[2] or "").split(", ")} - {""} for line in told if line} == below
 
 
 # ======================================================================================================= Page
@@ -5131,11 +4929,18 @@ SHOPPING = part("ListView", part("ListViewItem", TICK), *ENTRIES, limit=2)
 class Tab:
     """A page in the browser, and what a person does and sees there."""
 
-    def __init__(self, page: Any, url: str) -> None:
+    def __init__(self, page: Any, url: str, *replies: str) -> None:
         self.page = page
         self.expect = optional("playwright.sync_api").expect
         self.input = page.get_by_label("Message", exact=True)
+        self.replies = list(replies)  # to the questions that come; where there is none, it is Cancel
+        self.asked: list[str] = []
+        page.on("dialog", self._reply)
         page.goto(url)
+
+    def _reply(self, dialog: Any) -> None:
+        self.asked.append(dialog.message)
+        dialog.accept(self.replies.pop(0)) if self.replies else dialog.dismiss()
 
     def say(self, message: str) -> None:
         self.input.fill(message)
@@ -5177,6 +4982,7 @@ class Tab:
         """What follows holds for what came live, and for what is loaded."""
         yield
         self.page.reload()
+        self.expect(self.page.locator(".item:not(:empty)").first).to_be_attached()
         self.is_idle()
         yield
 
@@ -5530,7 +5336,7 @@ class TestPage:
                 tab.is_busy()
             tab.is_idle()
             assert tab.texts() == ["let me see", "".join(counted(60)).strip()]
-            assert tab.texts(".tool summary") == ["echo\ndone"] and tab.texts(".user") == ["x"]
+            assert tab.texts(".tool summary") == ["echo done"] and tab.texts(".user") == ["x"]
 
     def test_the_network_is_away_for_a_while(self, context: Any) -> None:
         server = ck.serve_in_background(make_app(scripted(counted(70), delay=0.03)))
@@ -5604,18 +5410,18 @@ class TestPage:
                 tab.expect(titles).to_have_count(count)
                 tab.expect(tab.page.locator("#nothing")).to_have_text("" if count else "Nothing found.")
             tab.link("pears are green").click()
+            tab.replies = ["Pears!"]
             tab.button("Rename").click()
-            tab.type("Pears!", "Enter")
             tab.sees("Pears!", "#title")
             tab.sees("Pears!", "#list [aria-current]")
             with tab.page.expect_download() as download:
                 tab.button("Export").click()
             assert download.value.suggested_filename.endswith(".md")
             assert "pears are green" in Path(download.value.path()).read_text(encoding="utf-8")
-            for button, count in (("Cancel", 3), ("OK", 2)):
+            for replies, count in (([], 3), ([""], 2)):
+                tab.replies = replies
                 tab.button("Delete").click()
-                tab.sees("Pears!", "dialog")
-                tab.button(button).click()
+                assert "Pears!" in tab.asked[-1]
                 tab.expect(titles).to_have_count(count)
             tab.expect(tab.page.locator("#welcome")).to_be_visible()
 
@@ -5644,12 +5450,11 @@ class TestPage:
     def test_a_token_is_asked_for_and_an_invitation_brings_it_along(self, context: Any, visit: Any) -> None:
         token = bearer("ann")["Authorization"].removeprefix("Bearer ")
         with visit(scripted(["hello"]), jwt_secret=SECRET) as (client, tab):
-            tab.sees("asks for a token", "dialog")
-            tab.type("wrong \u2603", "Enter")
-            tab.sees("The token is not valid", "dialog")
-            tab.type(token, "Enter")
-            tab.sees_no("dialog")
+            tab.sees("load the page again", "#problem")
+            assert "asks for a token" in tab.asked[0]
+            tab = Tab(context.new_page(), str(client.base_url), "wrong \u2603", token)
             tab.ask("x")
+            assert not tab.replies and tab.asked[-1].startswith("The token is not valid")
             tab.page.reload()
             tab.sees("hello")
             invited = Tab(context.new_page(), f"{client.base_url}#token={token}")
@@ -5658,7 +5463,7 @@ class TestPage:
             kept = "[...Object.values(sessionStorage), localStorage.length, document.cookie, location.hash]"
             for each in (tab, invited):
                 assert each.page.evaluate(kept) == [token, 0, "", "#/1"]
-                each.sees_no("dialog")
+            assert not invited.asked
             invited.page.go_back()
             assert "token" not in invited.page.url
 
@@ -5720,7 +5525,7 @@ class TestPage:
         with visit(doing(selection)) as (_, tab):
             tab.ask("x")
             for _ in tab.now_and_after_a_reload():
-                assert tab.texts(".tool") == ["get_selection\nwaits for a frontend that has this tool"]
+                assert tab.texts(".tool") == ["get_selection waits for a frontend that has this tool"]
 
     def test_errors_say_why_after_a_reload_too_and_can_be_retried(self, visit: Any) -> None:
         with visit(scripted(["so "], [RuntimeError("no")], [RuntimeError("no")], ["well"])) as (_, tab):
@@ -5803,8 +5608,9 @@ class TestPage:
             tab.ask("x")
             tab.ask("y")
             tab.button("Answer anew").click()
-            tab.sees("What came after it", "dialog")
-            tab.button("OK").click()
+            assert "What came after it" in tab.asked[0]
+            tab.replies = [""]
+            tab.button("Answer anew").click()
             tab.sees("three")
             tab.is_idle()
             assert tab.texts() == ["one", "three"] and tab.texts(".user") == ["x", "y"]
@@ -5814,8 +5620,10 @@ class TestPage:
             tab.button("Copy").click()
             until(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "three")
             tab.page.get_by_role("button", name="Edit").first.click()
-            tab.sees("What came after it", "dialog")
-            tab.type("z", "Shift+Enter", "zz", "Enter")
+            tab.sees("What came after it", "#problem")
+            tab.expect(tab.input).to_have_value("x")
+            tab.input.fill("z")
+            tab.type("Shift+Enter", "zz", "Enter")
             tab.sees("four")
             tab.is_idle()
             for _ in tab.now_and_after_a_reload():
@@ -5844,14 +5652,15 @@ class TestPage:
             tab.page.set_viewport_size({"width": 1280, "height": 400})
             tab.say("x")
             tab.sees("line 40")
-            below = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+            below = "-scroller.scrollTop"
             assert tab.page.evaluate(below) < 60
             tab.page.mouse.move(600, 150)
             tab.page.mouse.wheel(0, -300)
             until(lambda: tab.page.evaluate(below) > 250)
-            top = tab.page.evaluate("scroller.scrollTop")
+            where = "document.querySelector('.assistant p').getBoundingClientRect().top"
+            top = tab.page.evaluate(where)
             tab.sees("line 70")
-            assert tab.page.evaluate("scroller.scrollTop") == top
+            assert abs(tab.page.evaluate(where) - top) < 1
             tab.page.mouse.wheel(0, 9999)
             tab.is_idle()
             tab.expect(tab.page.get_by_text("line 99", exact=True)).to_be_in_viewport()
@@ -5882,10 +5691,11 @@ class TestPage:
         outer.mount("/some/where", app)
         outer.state.chat = app.state.chat
         with ck.serve_in_background(outer) as url:
-            for path in ("/some/where", "/some/where/#/1"):
-                tab = Tab(context.new_page(), url + path)
-                tab.ask("x")
-                tab.sees("hello")
+            tab = Tab(context.new_page(), f"{url}/some/where")
+            tab.ask("x")
+            tab = Tab(context.new_page(), f"{url}/some/where/#/1")
+            tab.sees("hello")
+            tab.ask("x")
             tab.expect(tab.page.locator(".assistant")).to_have_count(2)
 
     def test_the_page_of_the_real_component(self, context: Any) -> None:
@@ -5916,17 +5726,15 @@ class TestPage:
 def test_a_thousand_streams_at_once_lose_and_mix_up_nothing(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, limits[1]), limits[1]))
-    try:
-        with contextlib.ExitStack() as stack:
-            ours = Served("ours", "plain", tmp_path, stack)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        ours = Served("ours", "plain", tmp_path, stack)
 
-            async def all_at_once() -> list[tuple[bytes, float]]:
-                texts = (f"say 200 words 0.02 apart as s{number}" for number in range(1000))
-                return await asyncio.gather(*map(ours.stream, texts))
+        async def all_at_once() -> list[tuple[bytes, float]]:
+            texts = (f"say 200 words 0.02 apart as s{number}" for number in range(1000))
+            return await asyncio.gather(*map(ours.stream, texts))
 
-            answers = asyncio.run(all_at_once())
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        answers = asyncio.run(all_at_once())
     told = {}
     for number, (raw, _) in enumerate(answers):
         events = [json.loads(data) for data in re.findall(r"^data:(\{.*\})\r?$", raw.decode(), re.MULTILINE)]
@@ -5934,9 +5742,7 @@ def test_a_thousand_streams_at_once_lose_and_mix_up_nothing(tmp_path: Path) -> N
         assert said(events) == "".join(f" s{number}.{word}" for word in range(200))
         told[events[0]["thread_id"]] = said(events)
     [file] = tmp_path.glob("*.db")
-    with contextlib.closing(sqlite3.connect(file)) as db:
-        sql = "SELECT conversation_id, content FROM messages WHERE role = 'assistant'"
-        stored = db.execute(sql).fetchall()
+    stored = rows_of(file, "SELECT conversation_id, content FROM messages WHERE role = 'assistant'")
     assert (len(stored), dict(stored)) == (1000, told)
 
 
@@ -6028,11 +5834,11 @@ class Typist(Model):
 
 
 def official_app(database: str) -> Any:
-    """The official SDK as its documentation sets it up, with a plain SQLite store."""
+    """The official SDK as its documentation sets it up, with what it needs of a plain SQLite store."""
     from chatkit.agents import AgentContext, simple_to_agent_input, stream_agent_response
     from chatkit.server import ChatKitServer
-    from chatkit.store import NotFoundError, Store
-    from chatkit.types import Page, ThreadItem, ThreadMetadata
+    from chatkit.store import Store
+    from chatkit.types import Page, ThreadItem
     from fastapi.responses import StreamingResponse
     from pydantic import TypeAdapter
 
@@ -6044,42 +5850,32 @@ def official_app(database: str) -> Any:
            CREATE INDEX items_in_order ON kept (thread_id)"""
     )
 
-    def keep(one: Any, thread_id: str | None = None) -> None:
-        db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (one.id, thread_id, one.model_dump_json()))
-
     class SqliteStore(Store):  # type: ignore[misc]  # no types where it is not installed
-        async def load_thread(self, thread_id: str, context: Any) -> Any:
-            row = db.execute("SELECT data FROM kept WHERE id = ?", (thread_id,)).fetchone()
-            if row is None:
-                raise NotFoundError
-            return ThreadMetadata.model_validate_json(row[0])
-
         async def save_thread(self, thread: Any, context: Any) -> None:
-            keep(thread)
+            await self.save_item(None, thread, context)
+
+        async def save_item(self, thread_id: str | None, item: Any, context: Any) -> None:
+            values = (item.id, thread_id, item.model_dump_json())
+            db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", values)
+
+        add_thread_item = save_item
 
         async def load_thread_items(self, thread_id: str, after: Any, limit: int, order: str, _: Any) -> Any:
             sql = f"SELECT data FROM kept WHERE thread_id = ? ORDER BY rowid {order} LIMIT ?"
             return Page(data=[item_type.validate_json(row[0]) for row in db.execute(sql, (thread_id, limit))])
-
-        async def add_thread_item(self, thread_id: str, item: Any, context: Any) -> None:
-            keep(item, thread_id)
-
-        save_item = add_thread_item
-
-    SqliteStore.__abstractmethods__ = frozenset()  # nobody asks for the rest
 
     class OfficialServer(ChatKitServer):  # type: ignore[misc]
         agent = Agent[Any](name="Typist", model=Typist())
 
         async def respond(self, thread: Any, item: Any, context: Any) -> AsyncIterator[Any]:
             page = await self.store.load_thread_items(thread.id, None, 40, "desc", context)
+            told = await simple_to_agent_input(page.data[::-1])
             agent_context = AgentContext(thread=thread, store=self.store, request_context=context)
-            run = Runner.run_streamed(
-                self.agent, await simple_to_agent_input(page.data[::-1]), context=agent_context
-            )
+            run = Runner.run_streamed(self.agent, told, context=agent_context)
             async for event in stream_agent_response(agent_context, run):
                 yield event
 
+    SqliteStore.__abstractmethods__ = frozenset()
     server, app = OfficialServer(cast(Any, SqliteStore)()), FastAPI()
 
     @app.post("/chatkit")
@@ -6101,7 +5897,7 @@ def used() -> dict[str, float]:
 def serve_for_benchmark(kind: str, database: str) -> None:
     """A server process: prints its port, and for each line that it is given what it has used so far."""
     set_tracing_disabled(True)
-    if kind == "official SDK":
+    if kind.startswith("official"):
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         port = listener.getsockname()[1]
         config = uvicorn.Config(official_app(database), log_level="warning", access_log=False)
@@ -6119,11 +5915,12 @@ def serve_for_benchmark(kind: str, database: str) -> None:
         print(json.dumps(used()), flush=True)
 
 
+OFFICIAL = "official SDK"
 SERVER_SCRIPT = """
 from __future__ import annotations
 import asyncio, gc, json, re, resource, secrets, socket, sqlite3, sys, threading, time
 from pathlib import Path
-from typing import Any, AsyncIterator
+from typing import Any, AsyncIterator, cast
 import uvicorn
 from agents import Agent, Model, ModelResponse, Runner, set_tracing_disabled
 from agents.testing import ScriptedModel, assistant_message
@@ -6136,10 +5933,7 @@ from starlette.requests import Request
 class BareLoop:
     """Nothing but the Agents SDK, in this process."""
 
-    name = "the loop"
-
-    def __init__(self) -> None:
-        self.figures: dict[str, list[float]] = {}
+    name = "Agents SDK alone"
 
     def used(self) -> dict[str, float]:
         return used()
@@ -6160,9 +5954,7 @@ class Served(BareLoop):
     def __init__(
         self, kind: str, dialect: str, directory: Path, stack: contextlib.ExitStack, module: Path = HERE
     ) -> None:
-        super().__init__()
-        self.name = kind if kind == "official SDK" else f"{kind}, {dialect}"
-        self.plain = dialect == "plain"
+        self.name, self.plain = kind if kind == OFFICIAL else f"{kind}, {dialect}", dialect == "plain"
         parts = [inspect.getsource(part) for part in (Typist, official_app, used, serve_for_benchmark)]
         code = "\n\n".join([SERVER_SCRIPT, *parts, "serve_for_benchmark(*sys.argv[1:])\n"])
         command = [sys.executable, "-c", code, kind, str(directory / f"{secrets.token_hex(4)}.db")]
@@ -6206,41 +5998,19 @@ def measure(one: BareLoop, words: int, pause: float, streams: int = 1) -> dict[s
 
     async def look() -> float:
         await asyncio.sleep(words * pause * 0.9)
-        return (await asyncio.to_thread(one.used))["memory"]
+        return (await asyncio.to_thread(one.used))["memory"] if pause else 0.0
 
-    async def all_at_once() -> tuple[list[tuple[int, float]], float]:
+    async def all_at_once() -> tuple[Any, ...]:
         text = f"say {words} words {pause} apart"
-        looking = asyncio.create_task(look()) if pause else None
-        answers = await asyncio.gather(*(one.answer(text) for _ in range(streams)))
-        return answers, await looking if looking else 0.0
+        return tuple(await asyncio.gather(look(), *(one.answer(text) for _ in range(streams))))
 
     before, began = one.used(), time.perf_counter()
     loop = (uvicorn.Config("").get_loop_factory() or asyncio.new_event_loop)()  # as uvicorn would make it
-    answers, memory = loop.run_until_complete(all_at_once())
+    memory, *answers = loop.run_until_complete(all_at_once())
     seconds, cpu = time.perf_counter() - began, one.used()["cpu"] - before["cpu"]
     loop.close()
     assert [count for count, _ in answers] == [words] * streams, one.name
     return {"seconds": seconds, "first": answers[0][1], "cpu": cpu, "memory": memory - before["memory"]}
-
-
-def measure_speed(contestants: list[BareLoop], rounds: int) -> None:
-    """Fill in the contestants' figures; each takes its turn in every round."""
-    for one in contestants:
-        one.figures = {figure: [] for figure, *_ in TABLE}
-        if isinstance(one, Served):
-            one.figures["size"].append(one.used()["memory"] / 1e6)
-            measure(one, 3, 0.0, 10)
-            one.figures["stream"].append(measure(one, 150, 0.02, 200)["memory"] / 200 / 1e3)
-    for number in range(rounds + 1):
-        for one in contestants:
-            figures = {
-                "single": 4000 / measure(one, 4000, 0.0)["seconds"],
-                "hundred": 20_000 / measure(one, 200, 0.0, 100)["seconds"],
-                "first": statistics.median(measure(one, 2, 0.02)["first"] for _ in range(10)) * 1e3,
-                "cpu": measure(one, 200, 0.02, 200)["cpu"] / 40_000 * 1e6,
-            }
-            for figure, value in figures.items() if number else ():  # the first round warms up
-                one.figures[figure].append(value)
 
 
 def seconds_until_ready(directory: Path, module: Path) -> tuple[float, float]:
@@ -6253,14 +6023,20 @@ def seconds_until_ready(directory: Path, module: Path) -> tuple[float, float]:
     return ready, time.perf_counter() - began
 
 
-TABLE = [  # figure, how it is called, and what it should be against the official SDK
-    ("single", "tokens/s, one stream", "4 x, 0.75 of the loop"),
-    ("hundred", "tokens/s, 100 streams", "3 x"),
-    ("first", "ms to the first text", "0.35 x"),
-    ("cpu", "µs of CPU a token, 200 streams at 50 tokens/s", "0.5 x"),
-    ("size", "MB of memory at the start", ""),
-    ("stream", "kB of memory an open stream", ""),
-]
+def median_first(one: BareLoop) -> float:
+    return statistics.median(measure(one, 2, 0.02)["first"] for _ in range(10))
+
+
+AT_FIRST: dict[str, Callable[[BareLoop], float]] = {  # of servers only, once
+    "MB of memory at the start": lambda one: one.used()["memory"] / 1e6,
+    "kB of memory an open stream": lambda one: measure(one, 150, 0.02, 200)["memory"] / 200 / 1e3,
+}
+EACH_ROUND: dict[str, Callable[[BareLoop], float]] = {
+    "tokens/s, one stream": lambda one: 4000 / measure(one, 4000, 0.0)["seconds"],
+    "tokens/s, 100 streams": lambda one: 20_000 / measure(one, 200, 0.0, 100)["seconds"],
+    "ms to the first text": lambda one: median_first(one) * 1e3,
+    "µs of CPU a token, 200 streams at 50 tokens/s": lambda one: measure(one, 200, 0.02, 200)["cpu"] / 0.04,
+}
 
 
 def print_row(*cells: str) -> None:
@@ -6268,30 +6044,18 @@ def print_row(*cells: str) -> None:
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def print_table(contestants: list[BareLoop]) -> None:
-    """Medians with the least and the most of all rounds, and what they are of the official SDK's."""
-    print_row("", *(one.name for one in contestants), "goal")
-    print_row(*["---"] * (2 + len(contestants)))
-    for figure, label, goal in TABLE:
-        all_values = {one.name: one.figures[figure] for one in contestants if one.figures[figure]}
-        medians = {name: statistics.median(values) for name, values in all_values.items()}
-        cells = []
-        for one in contestants:
-            values, median = all_values.get(one.name, []), medians.get(one.name, 0.0)
-            digits = 1 if median < 100 else 0
-            cell = f"{median:,.{digits}f}" if values else ""
-            if len(values) > 1:
-                cell += f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-            if one.name.partition(",")[0] in ("ours", "against") and "official SDK" in medians:
-                cell += f" {median / medians['official SDK']:.2f} x"
-            if isinstance(one, Served) and figure == "single":
-                cell += f", {median / medians['the loop']:.2f} of the loop"
-            cells.append(cell)
-        print_row(label, *cells, goal)
+def cell(values: list[float], official: list[float] | None) -> str:
+    """The median, the least and the most, and what it is of the official SDK's."""
+    if not values:
+        return ""
+    median = statistics.median(values)
+    told = [f"{value:,.{0 if median > 100 else 1}f}" for value in (median, min(values), max(values))]
+    ratio = f" {median / statistics.median(official):.2f} x" if official else ""
+    return f"{told[0]} ({told[1]} to {told[2]}){ratio}"
 
 
 def main() -> None:
-    """Measure, and print the tables. It takes five minutes, and leaves nothing behind."""
+    """Measure, and print the table. It takes five minutes, and leaves nothing behind."""
     parser = argparse.ArgumentParser(description="The benchmark of chatkit_server.py.")
     add = parser.add_argument
     add("--against", type=Path, metavar="PATH", help="a directory with another chatkit_server.py")
@@ -6301,13 +6065,25 @@ def main() -> None:
     gc.freeze()
     modules = {"ours": HERE, **({"against": options.against.resolve()} if options.against else {})}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        directory, contestants = Path(name), [BareLoop()]
-        if importlib.util.find_spec("chatkit"):
-            contestants.append(Served("official SDK", "chatkit", directory, stack))
+        directory = Path(name)
+        servers = (
+            [Served(OFFICIAL, "chatkit", directory, stack)] if importlib.util.find_spec("chatkit") else []
+        )
         for kind, module in modules.items():
-            contestants += [Served(kind, each, directory, stack, module) for each in ("plain", "chatkit")]
-        measure_speed(contestants, options.rounds)
-        print_table(contestants)
+            servers += [Served(kind, each, directory, stack, module) for each in ("plain", "chatkit")]
+        contestants = [BareLoop(), *servers]
+        values = collections.defaultdict[tuple[str, str], list[float]](list)
+        for one, (label, figure) in itertools.product(servers, AT_FIRST.items()):
+            values[label, one.name] = [figure(one)]
+            measure(one, 3, 0.0, 10)  # what is loaded at the first use is no stream's
+        for _ in range(options.rounds + 1):  # the first warms up
+            for contestant, (label, figure) in itertools.product(contestants, EACH_ROUND.items()):
+                values[label, contestant.name].append(figure(contestant))
+        print_row("", *(one.name for one in contestants))
+        print_row(*["---"] * (1 + len(contestants)))
+        for label in (*EACH_ROUND, *AT_FIRST):
+            kept = {one.name: values[label, one.name][-options.rounds :] for one in contestants}
+            print_row(label, *(cell(each, kept.get(OFFICIAL)) for each in kept.values()))
         for kind, module in modules.items():
             times = [seconds_until_ready(directory, module) for _ in range(options.rounds)]
             ready, imports = (statistics.median(column) for column in zip(*times, strict=True))
