@@ -2999,6 +2999,8 @@ def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off(typed
         """The value, or as the SDK's own type."""
         return sdk_type(name).validate_python(value) if typed else value
 
+    if typed:
+        optional("chatkit.types")
     look = {"type": "custom", "title": "Look", "status_indicator": "loading"}
     done = {**look, "title": "Think", "status_indicator": "complete"}
     source = {"type": "url", "title": "Cats", "url": "https://cats.example"}
