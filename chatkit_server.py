@@ -274,6 +274,7 @@ class Database:
         self.path = str(path)
         self.shared = False  # whether another server or Store had the file open when this one opened it
         self.before_close: set[Callable[[], Awaitable[None]]] = set()  # what still writes has its chance
+        self.answering: dict[int, Any] = {}  # the turns that answer in it, by conversation id, of all apps
         self._file = self.path if self.path == ":memory:" else os.path.abspath(path)  # wherever we go
         self._stat: os.stat_result | None = None  # of the open file: to notice when it is deleted under us
         self._claim: sqlite3.Connection | None = None
@@ -968,6 +969,7 @@ class TurnContext:
     tool_choice: str | None = None  # what the person chose in the composer: a tool, or a mode
     client_tool_call: Any = None  # {"name", "arguments"}, set by a tool: as if it had returned client_tool()
     _workflow: Row = field(default_factory=dict, repr=False)  # the thread item of the one that is open
+    _workflow_began: float = 0.0
     _showing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)  # it: tools run side by side
 
     async def progress(self, text: str, icon: str | None = None) -> None:
@@ -1085,6 +1087,7 @@ class TurnContext:
         """
         content = {"type": "custom", "tasks": [], "expanded": False, **json_copy(workflow)}
         self._workflow = {"id": self.generate_id("workflow"), "type": "workflow", "workflow": content}
+        self._workflow_began = time.monotonic()
         await self._show_workflow("added", 0)
 
     async def add_workflow_task(self, task: Any) -> None:
@@ -1104,9 +1107,11 @@ class TurnContext:
         await self._show_workflow("updated", task_index)
 
     async def end_workflow(self, summary: Any = None, expanded: bool = False) -> None:
-        """Close the workflow, with {"title", "icon"?} or {"duration": seconds} for its summary line."""
+        """Close it, with {"title", "icon"?} for its summary line, or else {"duration": its seconds}."""
         item, self._workflow = self._workflow, {}
         if item and item["id"] in self.turn.names:
+            took = {"duration": int(time.monotonic() - self._workflow_began)}
+            item["workflow"].setdefault("summary", took)
             item["workflow"] |= filled(expanded=expanded, summary=json_copy(summary))
             await self.stream({"type": "thread.item.done", "item": item})
 
@@ -1555,7 +1560,7 @@ def _mend_litellm() -> None:
         return json.loads(rest)  # which raises, or it would have been taken before
 
     if parse.__name__ != parse_or_end.__name__:
-        ModelResponseIterator.handle_accumulated_json_chunk = parse_or_end  # type: ignore[method-assign]  # on purpose
+        cast(Any, ModelResponseIterator).handle_accumulated_json_chunk = parse_or_end
 
 
 def agents_within(agent: Agent[Any]) -> list[Agent[Any]]:
@@ -1565,7 +1570,7 @@ def agents_within(agent: Agent[Any]) -> list[Agent[Any]]:
     """
     found = [agent]
     for each in found:  # which grows meanwhile
-        handed = [next_ if isinstance(next_, Agent) else next_._agent_ref() for next_ in each.handoffs]  # type: ignore[misc]
+        handed = [to if isinstance(to, Agent) else cast(Any, to)._agent_ref() for to in each.handoffs]
         used = [getattr(tool, "_agent_instance", None) for tool in each.tools]
         found += [near for near in [*handed, *used] if isinstance(near, Agent) and near not in found]
     return found
@@ -1615,7 +1620,7 @@ def explain(error: BaseException) -> Row:
     error = getattr(error, "original_exception", None) or error  # what LiteLLM has wrapped in one of its own
     if isinstance(error, (Refused, UnreadableFile, SettingsError)):
         code = "unreadable_file" if isinstance(error, UnreadableFile) else "refused"
-        return reason_json(code, str(error))
+        return reason_json(code, str(getattr(error, "detail", error)))
     if isinstance(error, (sqlite3.Error, StoreError)):
         return reason_json("storage", storage_text(error))
     status = _http_status(error)
@@ -2104,9 +2109,11 @@ class Turn:
             loop.call_later(STOP_WITHIN, lambda: self.phase == "working" and task.cancel())
 
     async def wait(self) -> None:
-        """Until it has ended."""
+        """Until it has ended; or, once it is stopped, until it is clear that its agent does not let go."""
         if self._task is not None:
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=3 * STOP_WITHIN if self.reason else None)
+            if self.phase != "working":
+                await asyncio.wait([self._task])
 
     async def _live(self, work: Callable[[], Awaitable[None]]) -> None:
         began, failure = time.monotonic(), None
@@ -2117,7 +2124,7 @@ class Turn:
                 await self.keep_thread()
         except asyncio.CancelledError:
             self.reason = self.reason or "shutdown"  # the event loop itself is closing
-        except (Exception, SystemExit) as raised:
+        except (Exception, SystemExit, GeneratorExit) as raised:
             failure = raised
         self.phase = "ending"
         timer.cancel()
@@ -3148,7 +3155,7 @@ class Chat:
         ours = self.models.transcribe if settings.openai_api_key else None
         self.transcriber: Transcriber | None = handlers.get("transcribe") or ours
         self.turns: set[Turn] = set()  # those that are running
-        self.answering: dict[int, Turn] = {}  # those of them in which an agent speaks, by conversation id
+        self.answering: dict[int, Turn] = self.store.answering  # those in which an agent speaks
         self.unsaved: set[Draft] = set()  # those with text that is not in the file
         self._saving: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -4700,7 +4707,7 @@ const WIDGETS = { __proto__: null, // so that no unknown type is found
   ListViewItem: (w) => el("div.entry", w.onClickAction && { role: "button", tabIndex: 0 }, kids(w)),
   Basic: stack("div.col"), Col: stack("div.col"), Row: stack("div.row"), Spacer: stack("div.spacer"),
   Box: along("div"), Form: along("form"), Title: stack("h3"), Caption: stack("p.quiet"), Divider: stack("hr"),
-  Badge: stack("span.badge"), Image: ({ src, alt }) => picture(src, alt),
+  Badge: stack("span.badge"), Image: ({ src, alt }) => src && picture(src, alt),
   Text: (w) => w.editable ? field("input", { ...w.editable, defaultValue: w.value }) : el("p", {}, w.value),
   Markdown: (w) => markdown(w.value), Icon: ({ name }) => mark(name),
   Label: ({ value, fieldName }) => el("label", { htmlFor: `${drawn}/${fieldName}` }, value),
@@ -4721,7 +4728,7 @@ const px = (value, unit = 1) => typeof value === "number" ? `${value * unit}px` 
 // Its looks go through CSSOM, which leaves out what it does not know; none of these loads anything.
 function widget({ size, width = size, height = size, padding, ...w }) {
   const node = (WIDGETS[w.type] ?? stack("div.col"))(w);
-  Object.assign(node.style ?? {}, { width: px(width), height: px(height), flex: w.flex, gap: px(w.gap, 4),
+  Object.assign(node?.style ?? {}, { width: px(width), height: px(height), flex: w.flex, gap: px(w.gap, 4),
     paddingBlock: px(padding?.y ?? padding, 4), paddingInline: px(padding?.x ?? padding, 4),
     alignItems: w.align, justifyContent: w.justify?.replace(/between|around|evenly/, "space-$&"),
     color: w.color && `var(--${w.color})`, background: w.background && "var(--side)", textAlign: w.textAlign,
@@ -5141,7 +5148,7 @@ class Server(uvicorn.Server):
             for task in leftover:
                 task.cancel()
             if leftover:
-                loop.run_until_complete(asyncio.wait(leftover))
+                loop.run_until_complete(asyncio.wait(leftover, timeout=2))
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
             self._listener.close()

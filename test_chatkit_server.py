@@ -102,6 +102,7 @@ for name in [name for name in os.environ if name.startswith(("CHATKIT_", "OPENAI
 UNSET = "OPENAI_API_KEY GEMINI_API_KEY ANTHROPIC_API_KEY OPENAI_BASE_URL CHATKIT_MODEL CHATKIT_JWT_SECRET"
 os.environ |= dict.fromkeys([*UNSET.split(), "BETTER_AUTH_SECRET"], "")
 CLEAN_ENV = {**os.environ, "PYTHONPATH": str(HERE)}
+ck.DemoModel.__init__.__defaults__ = (0.0,)  # nobody watches its words come one by one
 
 
 @pytest.fixture(scope="session", autouse=True)
