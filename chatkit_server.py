@@ -31,17 +31,17 @@ The sections. Each uses only what stands above it, and below it what is in brack
     Settings         what can be configured; the only place that reads the environment
     Database         one SQLite file, and what stands or falls together in it (Old files)
     Store            all SQL, and nothing but SQL
-    Old files        brings an older file forward (Agent)
-    Agent            what a tool, an action handler or a generator can do (Turn, Saying, Answering)
-    Assistant        the to-do list's tools
-    Demo model       a model that needs no network
-    Models           choosing one by name, and what its failures mean (Items, Requests)
+    Old files        makes the tables, and brings an older file forward (Agent, Models, Items)
+    Agent            what a tool, an action handler or a generator can do (Turn, Answering, Saying)
+    Assistant        the to-do list's tools (Requests)
+    Demo model       a model that needs no network (Answering)
+    Models           choosing one by name, and what its failures mean (Requests)
     Items            how a row looks to the model, to ChatKit and in plain text (Files)
     Files            what a person attaches
-    Turn             one answer being made, its events and its rows (Saying, Answering, Run, Requests, Chat)
+    Turn             one answer being made, its events and its rows (Answering, Run, Saying, Requests, Chat)
+    Answering        from a message to a run (Run, Saying)
+    Run              what the Agents SDK reports becomes rows and events (Saying)
     Saying           texts that grow, and what tools stream
-    Answering        from a message to a run (Run)
-    Run              what the Agents SDK reports becomes rows and events
     Agents           who answers in an app: an Agent of the SDK's, a function or a generator
     Requests         what is asked of a Chat, and how it is refused (Chat)
     Chat             beginning turns, and stopping them
@@ -65,7 +65,6 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Pytho
 import argparse
 import asyncio
 import base64
-import collections
 import contextlib
 import difflib
 import errno
@@ -91,11 +90,12 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast
 
 try:
     import aiosqlite
+    import jwt
     import openai
     import uvicorn
     from agents import (  # isort: skip
         Agent, FunctionTool, InputGuardrailTripwireTriggered, MaxTurnsExceeded, Model, ModelBehaviorError,
-        ModelProvider, ModelRefusalError, ModelResponse, ModelSettings, OpenAIChatCompletionsModel,
+        ModelProvider, ModelRefusalError, ModelResponse, ModelSettings, OpenAIProvider,
         OpenAIResponsesModel, OutputGuardrailTripwireTriggered, RunConfig, RunContextWrapper, RunHooks,
         Runner, RunResultStreaming, RunState, ToolErrorFormatterArgs,
         ToolInputGuardrailTripwireTriggered, ToolOutputGuardrailTripwireTriggered, Usage, function_tool,
@@ -107,7 +107,7 @@ try:
     from agents.models import get_default_model, get_default_model_settings
     from agents.testing import ModelCall, ModelStep, ScriptedModel, assistant_message, function_call
     from dotenv import load_dotenv
-    from fastapi import Body, Depends, FastAPI, Header, Query, UploadFile
+    from fastapi import Body, FastAPI, Header, Query, UploadFile
     from fastapi.exceptions import RequestValidationError
     from fastapi.routing import APIRoute, APIRouter
     from openai import AsyncOpenAI
@@ -165,7 +165,7 @@ class Settings(BaseModel):
     greeting: str = "How can I help?"
     starters: tuple[str, ...] = ()  # separated by |
     model: str | None = None  # see Models for what the names mean
-    models: dict[str, str] = Field({})  # what a message may ask for, and its model: names, or choice=name
+    models: dict[str, str] = {}  # what a message may ask for, and its model: names, or choice=name
     show_tools: Literal["full", "names", "none"] = "full"  # what readers see of tool calls
     jwt_secret: str | None = Field(
         None, min_length=32, repr=False, description="32 characters or more, also as BETTER_AUTH_SECRET"
@@ -234,18 +234,18 @@ class Settings(BaseModel):
         An empty value counts as not set; an unknown CHATKIT_ variable gets a warning. Raises SettingsError.
         """
         load_dotenv(HERE / ".env")  # into os.environ, where LiteLLM looks for keys; what is there wins
-        names = {cls.env_name(name): name for name in cls.model_fields}
+        names = {"BETTER_AUTH_SECRET": "jwt_secret"}  # CHATKIT_JWT_SECRET, which comes after it, wins
+        names |= {cls.env_name(name): name for name in cls.model_fields}
         given = {variable: text.strip() for variable, text in os.environ.items() if text.strip()}
-        if "BETTER_AUTH_SECRET" in given:
-            given.setdefault("CHATKIT_JWT_SECRET", given["BETTER_AUTH_SECRET"])
         for variable in given:
             if variable.startswith("CHATKIT_") and variable not in names:
                 log.warning("There is no setting %s%s", variable, _nearest(variable, names) or ".")
-        return cls(**{names[variable]: given[variable] for variable in names.keys() & given} | overrides)
+        values = {name: given[variable] for variable, name in names.items() if variable in given}
+        return cls(**values | overrides)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), 1)
+    found = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -263,6 +263,20 @@ class StoreError(Exception):
     """The database cannot be opened or used; the text says why, and is safe to show."""
 
 
+async def patiently(work: Callable[..., Awaitable[T]], *values: Any, **columns: Any) -> T:
+    """What must not fail because another program locks the file: that is waited out for half a minute."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return await work(*values, **columns)
+        except sqlite3.OperationalError as error:
+            # The latter is how SQLite says it while another process makes the tables.
+            if time.monotonic() > deadline or not re.search("locked|vtable constructor", str(error)):
+                raise
+            log.warning("the database is locked by another program; trying again")
+            await asyncio.sleep(0.2)
+
+
 class Database:
     """One SQLite file, whose connection serves all coroutines, in autocommit.
 
@@ -276,10 +290,7 @@ class Database:
         self.before_close: set[Callable[[], Awaitable[None]]] = set()  # what still writes has its chance
         self.answering: dict[int, Any] = {}  # the turns that answer in it, by conversation id, of all apps
         self._file = self.path if self.path == ":memory:" else os.path.abspath(path)  # wherever we go
-        self._stat: os.stat_result | None = None  # of the open file: to notice when it is deleted under us
-        self._claim: sqlite3.Connection | None = None
         self._connection: aiosqlite.Connection | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_open(self) -> bool:
@@ -291,62 +302,50 @@ class Database:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: STRICT tables need 3.37.")
         if self.is_open:
             raise StoreError("The store is open already.")
-        failure: Exception | None = None
-
-        def connect() -> sqlite3.Connection:
-            nonlocal failure
-            try:
-                return self._connect()
-            except Exception as error:
-                failure = error
-                return sqlite3.connect(":memory:")  # whose close() ends the thread in good order
-
-        connection = await aiosqlite.Connection(connect, iter_chunk_size=64)
-        if failure is not None:
-            await connection.close()
-            text = f"Cannot use {self.path} as the database: {failure}."
-            raise failure if isinstance(failure, StoreError) else StoreError(text) from failure
-        self._connection = connection
+        try:
+            db: sqlite3.Connection = await patiently(asyncio.to_thread, self._connect)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(f"Cannot use {self.path} as the database: {error}.") from error
+        self._connection = await aiosqlite.Connection(lambda: db, iter_chunk_size=64)
         self._loop, self._lock = asyncio.get_running_loop(), asyncio.Lock()
 
     def _connect(self) -> sqlite3.Connection:
-        """Runs in the connection's own thread."""
-        with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as held:
             if self._file != ":memory:":
-                undo.callback(self._drop_claim)
-                self._take_claim()
-            db = undo.enter_context(contextlib.closing(sqlite3.connect(self._file, isolation_level=None)))
+                held.enter_context(self._claim())
+            db = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False)
+            held.enter_context(contextlib.closing(db))
             db.row_factory = sqlite3.Row
-            patience = time.monotonic() + 10
-            while True:
-                try:
-                    self._prepare(db)
-                    break
-                except sqlite3.OperationalError as error:
-                    # Another process makes the same file at this moment, and here SQLite does not wait.
-                    if time.monotonic() > patience or not re.search("locked|vtable constructor", str(error)):
-                        raise
-                    time.sleep(0.1)
-            self._stat = None if self._file == ":memory:" else os.stat(self._file)
-            undo.pop_all()
+            self._prepare(db)
+            self._opened = self._identity()
+            self._held = held.pop_all()  # until close()
         return db
 
-    def _take_claim(self) -> None:
+    @contextlib.contextmanager
+    def _claim(self) -> Generator[None]:
         """Whoever locks an empty file beside the database is first; the lock ends with the process."""
-        claim = sqlite3.connect(f"{self._file}-server", timeout=0, check_same_thread=False)
-        try:
-            claim.execute("BEGIN EXCLUSIVE")
-            self._claim, self.shared = claim, False
-        except sqlite3.OperationalError as error:
-            claim.close()
-            self.shared = "locked" in str(error)
+        path = f"{self._file}-server"
+        with contextlib.closing(sqlite3.connect(path, timeout=0, check_same_thread=False)) as claim:
+            try:
+                claim.execute("BEGIN EXCLUSIVE")
+                self.shared = False
+            except sqlite3.OperationalError as error:
+                self.shared = "locked" in str(error)
+            try:
+                yield
+            finally:
+                if not self.shared:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
 
-    def _drop_claim(self) -> None:
-        claim, self._claim = self._claim, None
-        if claim is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{self._file}-server")
-            claim.close()
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file there is at the path, None for none."""
+        with contextlib.suppress(OSError):
+            file = os.stat(self._file)
+            return file.st_dev, file.st_ino
+        return None
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # In one statement: another process may make the same file, and commits tables and version together.
@@ -358,8 +357,7 @@ class Database:
         if not {"conversations", "messages"} <= ours if version else ours:
             told = f"a database of something else, with {', '.join(sorted(ours)) or 'versions'} of its own"
             raise StoreError(f"{self.path} is {told}; name another file.")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
+        db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
         if version < SCHEMA_VERSION:
             bring_forward(db, version)
         db.execute("PRAGMA foreign_keys = ON")
@@ -374,7 +372,7 @@ class Database:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
-        self._drop_claim()
+            self._held.close()
 
     async def execute(self, sql: str, *values: object) -> list[Row]:
         """Run one statement of your own, on tables of your own; its rows come back as dicts.
@@ -387,24 +385,9 @@ class Database:
         async with self._writing() as connection:
             rows = await connection.execute_fetchall(sql, values)
             if connection.in_transaction:
-                await connection.execute_fetchall("ROLLBACK")
+                await connection.rollback()
                 raise StoreError("store.execute() runs one statement at a time, outside of transactions.")
             return [dict(row) for row in rows]
-
-    async def check(self) -> None:
-        """One query, for the health route. Raises sqlite3.Error or StoreError."""
-        self._check_file()
-        await self._read("SELECT 1 FROM conversations LIMIT 1")
-
-    def _check_file(self) -> None:
-        """What is written to a deleted file would be lost at the end: better to refuse."""
-        try:
-            if self._stat is None or os.path.samestat(self._stat, os.stat(self._file)):
-                return
-            fate = "was replaced"
-        except OSError:
-            fate = "is gone"
-        raise StoreError(f"The database file {fate}. Stop the server and start it again.")
 
     @property
     def _open_connection(self) -> aiosqlite.Connection:
@@ -414,23 +397,23 @@ class Database:
             raise StoreError("The store was opened in another event loop: open one of its own here.")
         return self._connection
 
-    async def _read(self, sql: str, *values: object, **named: object) -> list[Row]:
-        """Lists and dicts go in as JSON, JSON columns come out decoded; a name that is not given is NULL."""
-        bound: Any = [_stored(value) for value in values]
-        if named:
-            bound = collections.defaultdict(lambda: None)
-            bound |= {name: _stored(value) for name, value in named.items()}
-        return [_decoded(row) for row in await self._open_connection.execute_fetchall(sql, bound)]
+    async def _read(self, sql: str, *values: object) -> list[Row]:
+        """Lists and dicts go in as JSON, JSON columns come out decoded."""
+        rows = await self._open_connection.execute_fetchall(sql, [_stored(value) for value in values])
+        return [_decoded(row) for row in rows]
 
-    async def _write(self, sql: str, *values: object, **named: object) -> list[Row]:
+    async def _write(self, sql: str, *values: object) -> list[Row]:
         async with self._writing():
-            return await self._read(sql, *values, **named)
+            return await self._read(sql, *values)
 
     @contextlib.asynccontextmanager
     async def _writing(self) -> AsyncIterator[aiosqlite.Connection]:
         connection = self._open_connection
         async with self._lock:
-            self._check_file()
+            there = self._identity()
+            if there != self._opened:  # what is written to a deleted file would be lost at the end
+                fate = "was replaced" if there else "is gone"
+                raise StoreError(f"The database file {fate}. Stop the server and start it again.")
             yield connection
 
     @contextlib.asynccontextmanager
@@ -443,8 +426,8 @@ class Database:
                 await connection.execute_fetchall("COMMIT")
             except BaseException:
                 # Also where BEGIN or COMMIT was cancelled: the connection's thread keeps to the order.
-                with contextlib.suppress(sqlite3.OperationalError, ValueError):
-                    await connection.execute_fetchall("ROLLBACK")
+                with contextlib.suppress(ValueError):  # closed
+                    await connection.rollback()
                 raise
 
 
@@ -491,19 +474,17 @@ class Store(Database):
         sql = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
         return _first(await self._read(sql, conversation_id, user_id))
 
-    async def conversations(self, user_id: str, limit: int = 50, offset: int = 0) -> list[Row]:
+    async def conversations(self, user_id: str, limit: int, offset: int = 0) -> list[Row]:
         """The most recently used first."""
         sql = """SELECT * FROM conversations WHERE user_id = ?
             ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?"""
         return await self._read(sql, user_id, limit, offset)
 
-    async def search_conversations(
-        self, user_id: str, words: str, limit: int = 50, offset: int = 0
-    ) -> list[Row]:
+    async def search_conversations(self, user_id: str, words: str, limit: int, offset: int = 0) -> list[Row]:
         """Those whose title, or one of whose messages, has all these words, or words that begin so."""
         terms = ['"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split()]
         if not terms:
-            return []
+            return await self.conversations(user_id, limit, offset)
         match = f'owner : "{user_id.encode().hex().upper()}" AND body : ({" AND ".join(terms)})'
         sql = """WITH hits (id) AS (
                 SELECT m.conversation_id FROM (
@@ -527,13 +508,15 @@ class Store(Database):
         return await self._read(f"{sql} AND id < ? ORDER BY id DESC LIMIT ?", *values, after or LAST, limit)
 
     async def update_conversation(self, user_id: str, conversation_id: int, **changes: Any) -> Row | None:
-        """Changes title, status with its status_reason, metadata, agent. A reason, an agent may be None."""
-        sql = """UPDATE conversations SET title = COALESCE(:title, title), status = COALESCE(:status, status),
-                status_reason = iif(:status IS NULL, status_reason, :status_reason),
-                metadata = COALESCE(:metadata, metadata), agent = iif(:sets_agent, :agent, agent)
-            WHERE id = :id AND user_id = :user_id RETURNING *"""
-        changes |= {"id": conversation_id, "user_id": user_id, "sets_agent": "agent" in changes}
-        return _first(await self._write(sql, **changes))
+        """Changes title, status with its status_reason, metadata, agent; the row as it is then, if any."""
+        if "status" in changes:
+            changes.setdefault("status_reason", None)
+        return await self._update("conversations", user_id, conversation_id, changes)
+
+    async def _update(self, table: str, user_id: str, row_id: int, given: Row, told: str = "*") -> Row | None:
+        changes = ", ".join(f"{name} = ?" for name in given)
+        sql = f"UPDATE {table} SET {changes} WHERE id = ? AND user_id = ? RETURNING {told}"  # noqa: S608  # ours
+        return _first(await self._write(sql, *given.values(), row_id, user_id))
 
     async def delete_conversation(self, user_id: str, conversation_id: int) -> bool:
         sql = "DELETE FROM conversations WHERE id = ? AND user_id = ? RETURNING id"
@@ -549,14 +532,13 @@ class Store(Database):
         `message` has the columns of its row, and gets the attachments. Raises LookupError where the user has
         no such conversation, or no such uploaded file.
         """
+        enter = "SELECT * FROM conversations WHERE id = ? AND user_id = ?"
+        if conversation_id is None:
+            enter = "INSERT INTO conversations (title, user_id) VALUES (?, ?) RETURNING *"
+        add = """INSERT INTO messages (conversation_id, user_id, role, content, item)
+            SELECT id, user_id, 'user', ?, ? FROM conversations
+            WHERE id = COALESCE(?, last_insert_rowid()) AND user_id = ? RETURNING *"""
         async with self._transaction():
-            if conversation_id is None:
-                sql = "INSERT INTO conversations (user_id, title) VALUES (?, ?) RETURNING *"
-                conversation = _first(await self._read(sql, user_id, title))
-            else:
-                conversation = await self.conversation(user_id, conversation_id)
-            if conversation is None:
-                raise LookupError("Conversation not found")
             item = message["item"]
             if attachment_ids:
                 sql = """SELECT a.id, a.key, a.name, a.mime_type, a.size
@@ -565,30 +547,27 @@ class Store(Database):
                 item = {**item, "attachments": await self._read(sql, attachment_ids, user_id)}
                 if len(item["attachments"]) < len(attachment_ids):
                     raise LookupError("Attachment not found")
-            sql = """INSERT INTO messages (conversation_id, user_id, role, content, item)
-                VALUES (?, ?, 'user', ?, ?) RETURNING *"""
-            [row] = await self._read(sql, conversation["id"], user_id, message["content"], item)
+            # Together: the way to the connection's thread takes longer than each of them.
+            entered = self._read(enter, conversation_id or title, user_id)
+            added = self._read(add, message["content"], item, conversation_id, user_id)
+            conversations, rows = await asyncio.gather(entered, added)
+            if not rows:
+                raise LookupError("Conversation not found")
             if attachment_ids:
                 sql = "INSERT INTO message_attachments SELECT ?, value FROM json_each(?)"
-                await self._read(sql, row["id"], attachment_ids)
-        return conversation, row
+                await self._read(sql, rows[0]["id"], attachment_ids)
+        return conversations[0], rows[0]
 
-    async def add_message(self, user_id: str, conversation_id: int, role: str, **columns: Any) -> Row | None:
-        """The new row, or None where the user has no such conversation. `columns` are those of `messages`."""
-        sql = """
-            INSERT INTO messages (conversation_id, user_id, role, content, tool_calls, item, input, status)
-            SELECT id, user_id, :role, COALESCE(:content, ''), :tool_calls, :item, :input,
-                COALESCE(:status, 'done')
-            FROM conversations WHERE id = :id AND user_id = :user_id RETURNING *"""
-        return _first(await self._write(sql, id=conversation_id, user_id=user_id, role=role, **columns))
+    async def add_message(self, user_id: str, conversation_id: int, **columns: Any) -> Row | None:
+        """The new row with these columns of `messages`, or None where the user has no such conversation."""
+        names, values = ", ".join(columns), ", ".join("?" * len(columns))
+        sql = f"""INSERT INTO messages (conversation_id, user_id, {names})
+            SELECT id, user_id, {values} FROM conversations WHERE id = ? AND user_id = ? RETURNING *"""  # noqa: S608
+        return _first(await self._write(sql, *columns.values(), conversation_id, user_id))
 
     async def update_message(self, user_id: str, message_id: int, **columns: Any) -> Row | None:
-        """Changes what is given and leaves the rest; the row as it is then, or None where there is none."""
-        sql = """UPDATE messages SET role = COALESCE(:role, role), status = COALESCE(:status, status),
-                content = COALESCE(:content, content), item = COALESCE(:item, item),
-                input = COALESCE(:input, input)
-            WHERE id = :id AND user_id = :user_id RETURNING *"""
-        return _first(await self._write(sql, id=message_id, user_id=user_id, **columns))
+        """Changes these columns; the row as it is then, or None where there is none."""
+        return await self._update("messages", user_id, message_id, columns)
 
     async def save_texts(self, texts: list[tuple[str, int, str]]) -> None:
         """The content of messages that grow, of many turns at once; each with message id and user id."""
@@ -612,13 +591,7 @@ class Store(Database):
         return _first(await self._read(sql, conversation_id, user_id, message_id))
 
     async def message_page(
-        self,
-        user_id: str,
-        conversation_id: int,
-        limit: int = LAST,
-        order: str = "asc",
-        after: int | None = None,
-        hide: str = "system",
+        self, user_id: str, conversation_id: int, limit: int, order: str, after: int | None, hide: str = ""
     ) -> list[Row]:
         """A page of items, hidden context and one role excepted. New rows do not disturb the paging."""
         sql = f"{ITEMS} AND role NOT IN ('system', ?)"
@@ -646,17 +619,15 @@ class Store(Database):
             WHERE conversation_id = ? AND user_id = ? AND status IN ('streaming', 'pending') RETURNING *"""
         return await self._write(sql, conversation_id, user_id)
 
-    async def rewind(self, user_id: str, conversation_id: int, message_id: int, words: Row) -> Row | None:
-        """Remove all that came after a user's message, which becomes as if it had just been sent.
-
-        `words` are its new content and item, if it has any.
-        """
+    async def rewind(self, user_id: str, conversation_id: int, message: Row) -> Row | None:
+        """Remove all that came after a user's message, which becomes as if just sent, with these words."""
+        sent, content, item = message["id"], message["content"], message["item"]
         async with self._transaction():
             sql = "DELETE FROM messages WHERE conversation_id = ? AND user_id = ? AND id > ?"
-            await self._read(sql, conversation_id, user_id, message_id)
-            sql = """UPDATE messages SET status = 'done', error = NULL, content = COALESCE(:content, content),
-                    item = COALESCE(:item, item) WHERE id = :id AND user_id = :user_id RETURNING *"""
-            return _first(await self._read(sql, id=message_id, user_id=user_id, **words))
+            await self._read(sql, conversation_id, user_id, sent)
+            sql = """UPDATE messages SET status = 'done', error = NULL, content = ?, item = ?
+                WHERE id = ? AND user_id = ? RETURNING *"""
+            return _first(await self._read(sql, content, item, sent, user_id))
 
     async def delete_messages(self, user_id: str, conversation_id: int, ids: list[int]) -> list[int]:
         """The ids of those that there were."""
@@ -691,15 +662,12 @@ class Store(Database):
         await self._write("INSERT INTO message_attachments VALUES (?, ?)", message_id, picture["id"])
         return picture
 
-    async def fill_attachment(self, attachment_id: str, key: str, data: bytes) -> Row | None:
+    async def fill_attachment(self, attachment_id: str, key: str, data: bytes) -> bool:
         """The upload, which works once."""
-        sql = """UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL
-            RETURNING id, key, name, mime_type, size"""
-        return _first(await self._write(sql, data, attachment_id, key))
+        sql = "UPDATE attachments SET data = ? WHERE id = ? AND key = ? AND data IS NULL RETURNING id"
+        return bool(await self._write(sql, data, attachment_id, key))
 
-    async def attachment(
-        self, attachment_id: str, *, user_id: str | None = None, key: str | None = None
-    ) -> Row | None:
+    async def attachment(self, attachment_id: str, key: str, user_id: str = "") -> Row | None:
         """A file for its owner, or for whoever has its key. Its `data` is None until its upload."""
         sql = "SELECT * FROM attachments WHERE id = ? AND (user_id = ? OR key = ?)"
         return _first(await self._read(sql, attachment_id, user_id, key))
@@ -726,9 +694,7 @@ class Store(Database):
 
     async def update_task(self, user_id: str, task_id: int, **changes: Any) -> Row | None:
         """Changes its title, or whether it is done."""
-        sql = """UPDATE tasks SET title = COALESCE(:title, title), done = COALESCE(:done, done)
-            WHERE id = :id AND user_id = :user_id RETURNING id, title, done"""
-        return _first(await self._write(sql, id=task_id, user_id=user_id, **changes))
+        return await self._update("tasks", user_id, task_id, changes, "id, title, done")
 
     async def delete_task(self, user_id: str, task_id: int) -> Row | None:
         sql = "DELETE FROM tasks WHERE id = ? AND user_id = ? RETURNING id, title, done"
@@ -736,7 +702,7 @@ class Store(Database):
 
 
 # ================================================================================================== Old files
-# Steps from older files: each makes room, waits while schema.sql makes the tables, and fills them.
+# Makes the tables; and brings a file of version 2 forward, where `extra` has what only one kind of row has.
 
 
 def bring_forward(db: sqlite3.Connection, version: int) -> None:
@@ -744,19 +710,12 @@ def bring_forward(db: sqlite3.Connection, version: int) -> None:
     schema = HERE / "schema.sql"
     if not schema.is_file():
         raise StoreError(f"{schema} is missing: it belongs beside chatkit_server.py.")
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    with db:  # which commits, or rolls back
+        db.execute("BEGIN IMMEDIATE")
         if db.execute("PRAGMA user_version").fetchone()[0] == version:  # nobody else did it meanwhile
-            with contextlib.ExitStack() as steps:
-                for newer, step in UPGRADES.items():
-                    if 0 < version < newer:
-                        steps.enter_context(step(db))
+            with items_pass_through(db) if version else contextlib.nullcontext():
                 run_script(db, schema.read_text(encoding="utf-8"))
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
@@ -769,110 +728,92 @@ def run_script(db: sqlite3.Connection, script: str) -> None:
             statement = ""
 
 
+MAKE_ROOM = """
+CREATE TEMP TABLE old_messages AS
+    SELECT m.*, c.user_id, COALESCE(json_extract(extra, '$.group'), m.id) AS response,
+        CASE WHEN json_extract(extra, '$.hosted') IS NULL THEN json_extract(tool_calls, '$[0]') END AS call
+    FROM messages m JOIN conversations c ON c.id = m.conversation_id;
+DROP VIEW items;
+DROP TABLE messages;
+DROP TABLE message_search;
+DROP TRIGGER title_lost;
+DROP INDEX conversations_by_age;
+DROP INDEX attachments_of_message;
+DROP INDEX attachments_unsent;
+ALTER TABLE attachments ADD COLUMN sent INTEGER NOT NULL DEFAULT 0 CHECK (sent IN (0, 1));
+ALTER TABLE conversations ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(metadata));
+ALTER TABLE conversations ADD COLUMN agent TEXT;
+"""
+BRING_BACK = """INSERT INTO messages VALUES (:id, :conversation_id, :user_id, :role, :content, :tool_calls,
+    :item, :input, :status, :feedback, :error, :created_at)"""
+CLEAR_UP = """
+INSERT INTO message_attachments SELECT message_id, id FROM attachments WHERE message_id IS NOT NULL;
+ALTER TABLE attachments DROP COLUMN message_id;
+DROP TABLE old_messages;
+"""
+
+
 @contextlib.contextmanager
 def items_pass_through(db: sqlite3.Connection) -> Generator[None]:
-    """Before version 3, `extra` had what one kind of row has; now it has its item and the model's input."""
-    last_id = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'messages'").fetchone()[0] or 0
-    run_script(
-        db,
-        """CREATE TEMP TABLE old_messages AS
-               SELECT m.*, c.user_id, c.updated_at
-               FROM messages m JOIN conversations c ON c.id = m.conversation_id;
-           DROP VIEW IF EXISTS items;
-           DROP TABLE messages;
-           DROP TABLE IF EXISTS message_search;
-           DROP TABLE IF EXISTS title_search;
-           DROP TRIGGER IF EXISTS title_lost;
-           DROP INDEX IF EXISTS conversations_by_age;
-           DROP INDEX IF EXISTS attachments_of_message;
-           DROP INDEX IF EXISTS attachments_unsent;
-           ALTER TABLE attachments ADD COLUMN sent INTEGER NOT NULL DEFAULT 0 CHECK (sent IN (0, 1));
-           ALTER TABLE conversations
-               ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(metadata));
-           ALTER TABLE conversations ADD COLUMN agent TEXT;
-        """,
-    )
+    """Make room, wait while schema.sql makes the tables, and fill them."""
+    last_id = db.execute("SELECT * FROM sqlite_sequence WHERE name = 'messages'").fetchall()
+    run_script(db, MAKE_ROOM)
     yield
-    db.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", [last_id])  # no id comes back
+    db.executemany("INSERT INTO sqlite_sequence VALUES (?, ?)", last_id)  # no id comes back
     inputs: dict[Any, list[Row]] = {}  # of each response: its first row has all calls, before the outputs
-    for _, extra, call, response in _old_rows(db):
-        if call:
+    for row in _old_rows(db):
+        if call := row["call"]:
             told = {"call_id": call["id"], "name": call["name"], "arguments": to_json(call["args"])}
-            told |= _given(type="function_call", provider_data=extra.get("provider_data"))
-            inputs.setdefault(response, []).append(told)
-    for row, extra, call, response in _old_rows(db):
-        item = _old_item(row, extra, call)
-        row |= {"item": _stored(item), "input": None}
+            told |= filled(type="function_call", provider_data=row["extra"].get("provider_data"))
+            inputs.setdefault(row["response"], []).append(told)
+    for row in _old_rows(db):
+        item, call = _old_item(row), row["call"]
+        given: Any = [] if row["extra"].get("hosted") or row["role"] == "reasoning" else None
         if call:
-            told = {"type": "function_call_output", "call_id": call["id"]}
-            output = [told | {"output": row["content"] or "(no output)"}] if row["status"] == "done" else []
-            row["input"] = to_json(inputs.pop(response, []) + output)
-        elif extra.get("hosted") or row["role"] == "reasoning":
-            row["input"] = "[]"
-        if item and row["role"] != "user":
-            row["role"] = "item"
-        db.execute(
-            """INSERT INTO messages (id, conversation_id, user_id, role, content, tool_calls, item, input,
-                                     status, feedback, created_at)
-               VALUES (:id, :conversation_id, :user_id, :role, :content, :tool_calls, :item, :input, :status,
-                       :feedback, :created_at)""",
-            row,
-        )
-    run_script(
-        db,
-        """UPDATE conversations SET updated_at = old.updated_at FROM old_messages old
-               WHERE old.conversation_id = conversations.id;
-           INSERT INTO title_search (rowid, owner, body) SELECT id, hex(user_id), title FROM conversations;
-           INSERT INTO message_attachments
-               SELECT message_id, id FROM attachments WHERE message_id IS NOT NULL;
-           ALTER TABLE attachments DROP COLUMN message_id;
-           DROP TABLE old_messages;
-        """,
-    )
+            given = inputs.pop(row["response"], [])
+            output = {"type": "function_call_output", "call_id": call["id"]}
+            given += [output | {"output": row["content"] or "(no output)"}] if row["status"] == "done" else []
+        role = "item" if item and row["role"] != "user" else row["role"]
+        error = reason_json("refused") if row["extra"].get("unread") else None
+        stored = {"item": _stored(item), "input": _stored(given), "error": _stored(error)}
+        db.execute(BRING_BACK, row | {"role": role, **stored})
+    run_script(db, CLEAR_UP)
 
 
-def _old_rows(db: sqlite3.Connection) -> Generator[tuple[Row, Row, Row | None, Any]]:
-    """Rows with their `extra`, the call that the model was shown, and the response it was in."""
+def _old_rows(db: sqlite3.Connection) -> Generator[Row]:
+    """With the call that the model was shown, if any, and the response of the model's that it was in."""
     for row in db.execute("SELECT * FROM old_messages ORDER BY id"):
-        extra = json.loads(row["extra"] or "{}")
-        calls = [] if extra.get("hosted") else json.loads(row["tool_calls"] or "[]")
-        yield dict(row), extra, calls[0] if calls else None, extra.get("group", row["id"])
+        yield {**row, "extra": json.loads(row["extra"] or "{}"), "call": json.loads(row["call"] or "null")}
 
 
-def _old_item(row: Row, extra: Row, call: Row | None) -> Row | None:
+def _old_item(row: Row) -> Row | None:
     """The thread item of an old row; None where role and content say it all."""
-    done = row["status"] == "done"
-    if row["role"] == "user" and extra:
-        options = _given(model=extra.get("model"), tool_choice=_given(id=extra.get("tool_choice")))
-        item = {name: extra.get(name) for name in ("attachments", "quoted_text", "unread")}
-        return _given(type="user_message", content=extra.get("parts"), inference_options=options, **item)
-    if row["role"] == "reasoning":
+    extra, role = row["extra"], row["role"]
+    if role == "user" and extra:
+        tool = extra.get("tool_choice")
+        options = filled(model=extra.get("model"), tool_choice={"id": tool} if tool else None)
+        item = {"type": "user_message", "content": extra.get("parts"), "inference_options": options}
+        item |= {name: extra.get(name) for name in ("attachments", "quoted_text")}
+        return {name: part for name, part in item.items() if part}
+    if role == "reasoning":
         thought = {"type": "thought", "content": row["content"], "status_indicator": "complete"}
         return {"type": "workflow", "workflow": {"type": "reasoning", "tasks": [thought], "expanded": False}}
-    if row["role"] == "widget":
-        return widget_item(extra.get("widget", {"type": "Card", "children": []}), row["content"])
-    if row["role"] == "input":
-        state = extra.get("answered", "answered") if done else "pending"
-        return {"type": "structured_input", "status": state, "inputs": extra.get("inputs", [])}
-    if "client" in extra and call:
-        output = {"output": extra["output"]} if extra.get("output") is not None else {}
-        item = {"type": "client_tool_call", "call_id": call["id"], **extra["client"], **output}
-        return {**item, "status": "completed" if done else "pending"}
-    return None
+    if role == "widget":
+        return widget_item(extra["widget"], row["content"])
+    if role == "input":
+        item, answered = pending_item(Questions(extra["inputs"])), extra.get("answered")
+    elif "client" in extra:
+        item, answered = pending_item(ClientTool(**extra["client"]), row["call"]["id"]), "completed"
+        item |= filled(output=extra.get("output"))
+    else:
+        return None
+    return item | {"status": answered} if row["status"] == "done" else item
 
-
-def _given(**parts: Any) -> Row:
-    return {name: part for name, part in parts.items() if part}
-
-
-UPGRADES = {3: items_pass_through}  # each with the version that it leads to
 
 # ====================================================================================================== Agent
 # What a tool, an action handler or a generator can do.
 
 MAX_DEPTH = 64  # of nested JSON, from whatever side: the stack has an end, and not the same for all encoders
-
-
 json_of_object = functools.partial(to_jsonable_python, by_alias=True, exclude_none=True)
 
 
@@ -1002,18 +943,18 @@ class TurnContext:
         `root` is a Card, a ListView or a Basic, as a dict or an object of the ChatKit SDK. `copy_text` is the
         same in words: what is copied, and what the model and plain readers are given.
         """
-        item = widget_item(root, copy_text)
-        self.turn.shown = True
-        row = await self.turn.add_row("item", "thread.item.done", content=copy_text, item=item)
-        return int(row["id"])
+        made_up = self.generate_id("widget")
+        await self.stream({"type": "item", "item": {"id": made_up, **widget_item(root, copy_text)}})
+        return self.turn.names[made_up]
 
     async def replace_widget(self, item_id: int | str, root: Any, copy_text: str | None = None) -> None:
         """Draw a widget anew. Raises LookupError where this conversation has none with that id."""
         row = await self.turn.find_row(item_id)
         if (row["item"] or {}).get("type") != "widget":
             raise LookupError(f"there is no widget {item_id} in this conversation")
-        item = widget_item(root, row["content"] if copy_text is None else copy_text)
-        await self.turn.change_row(row["id"], "thread.item.replaced", content=copy_text, item=item)
+        text = row["content"] if copy_text is None else copy_text
+        item = widget_item(root, text)
+        await self.turn.change_row(row["id"], "thread.item.replaced", content=text, item=item)
 
     async def remove(self, item_id: int | str) -> None:
         """Take an item away. Raises LookupError where this conversation has none with that id."""
@@ -1032,7 +973,7 @@ class TurnContext:
         turn = self.turn
         if turn.chat.answering.get(self.conversation_id) is turn:
             raise RuntimeError("answer() is for action handlers: the agent is speaking already")
-        turn.chat.enter(turn, turn.conversation)
+        turn.chat.claim(turn)
         await speak(turn)
 
     def client_tool(self, name: str, arguments: Row | None = None) -> ClientTool:
@@ -1065,7 +1006,8 @@ class TurnContext:
     async def stream_widget(self, widget: Any, copy_text: str | None = None) -> None:
         """Show a widget; or one that grows, where `widget` is an async generator of its states."""
         if not hasattr(widget, "__aiter__"):
-            return await self.stream({"type": "item", "item": widget_item(widget, copy_text)})
+            await self.widget(widget, copy_text)
+            return
         made_up, item = self.generate_id("widget"), Row()
         async for state in widget:
             before, item = item, {"id": made_up, **widget_item(state, copy_text)}
@@ -1136,86 +1078,96 @@ def widget_item(root: Any, copy_text: str | None) -> Row:
 
 def widget_updates(before: Row, after: Row) -> list[Row]:
     """From one state of a widget to the next: deltas where texts with an id only grew, or the new root."""
-    deltas: list[Row] = []
+    (old_rest, old), (rest, texts) = split_texts(before), split_texts(after)
+    if rest != old_rest or not all(texts[key][0].startswith(old[key][0]) for key in texts):
+        return [{"type": "widget.root.updated", "widget": after}]
+    deltas = []
+    for key, (text, done) in texts.items():
+        if (text, done) != old[key]:
+            delta = {"component_id": key, "delta": text[len(old[key][0]) :], "done": done}
+            deltas.append({"type": "widget.streaming_text.value_delta", **delta})
+    return deltas
 
-    def only_grew(old: Any, new: Any) -> bool:
-        if isinstance(old, list) and isinstance(new, list):
-            return len(old) == len(new) and all(map(only_grew, old, new))
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            return bool(old == new)
-        names = old.keys() | new.keys()
-        if new.get("type") in ("Text", "Markdown") and "id" in new:
-            was, now = (str(each.get("value", "")) for each in (old, new))
-            done = not new.get("streaming")
-            if not now.startswith(was):
-                return False
-            if now != was or done == bool(old.get("streaming")):
-                delta = {"component_id": new["id"], "delta": now[len(was) :], "done": done}
-                deltas.append({"type": "widget.streaming_text.value_delta", **delta})
-            names -= {"value", "streaming"}
-        return all(only_grew(old.get(name), new.get(name)) for name in names)
 
-    return deltas if only_grew(before, after) else [{"type": "widget.root.updated", "widget": after}]
+def split_texts(widget: Row) -> tuple[Row, dict[str, tuple[str, bool]]]:
+    """A widget without what may grow; and that, by component id: a text, and whether it is whole."""
+    texts = {}
+
+    def without_text(part: Row) -> Row:
+        if part.get("type") in ("Text", "Markdown") and "id" in part:
+            texts[part["id"]] = str(part.pop("value", "")), not part.pop("streaming", False)
+        return part
+
+    return json.loads(to_json(widget), object_hook=without_text), texts
 
 
 # ================================================================================================== Assistant
 # The to-do assistant that answers where no agent is given.
 
+
+def _words(text: str) -> str:
+    """An argument that says something, and fits into a list."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text.strip()[:200]
+
+
 Wrapper = RunContextWrapper[TurnContext]
-TaskId = Annotated[int, "The task's number."]
-TaskTitle = Annotated[str, "What is to be done, in a few words."]
-Shown = Annotated[bool, "Whether to show the list to the person as well; false when only you need it."]
+WhichTask = Annotated[str, "The task's number, or its title.", AfterValidator(_words)]
+TaskTitle = Annotated[str, "What is to be done, in a few words.", AfterValidator(_words)]
 
 
 @function_tool
 async def add_task(wrapper: Wrapper, title: TaskTitle) -> str:
     """Put a task on the person's to-do list."""
-    return to_json(await _change_task(wrapper.context, None, title=title))
+    return to_json(await wrapper.context.store.add_task(wrapper.context.user_id, title))
 
 
 @function_tool
-async def list_tasks(wrapper: Wrapper, show: Shown = True) -> str:
-    """Look up all tasks on the person's to-do list, with their numbers."""
+async def list_tasks(wrapper: Wrapper) -> str:
+    """Show the person all tasks on their to-do list, with their numbers."""
     tasks = await wrapper.context.store.tasks(wrapper.context.user_id)
-    if show and tasks:
+    if tasks:
         await wrapper.context.widget(task_widget(tasks), copy_text=task_text(tasks))
     return to_json(tasks)
 
 
 @function_tool
-async def complete_task(wrapper: Wrapper, task_id: TaskId) -> str:
+async def complete_task(wrapper: Wrapper, task: WhichTask) -> str:
     """Mark a task as done."""
-    return to_json(await _change_task(wrapper.context, task_id, done=True))
+    return await _change_task(wrapper.context, task, done=True)
 
 
 @function_tool
-async def update_task(wrapper: Wrapper, task_id: TaskId, title: TaskTitle) -> str:
+async def update_task(wrapper: Wrapper, task: WhichTask, title: TaskTitle) -> str:
     """Give a task another title."""
-    return to_json(await _change_task(wrapper.context, task_id, title=title))
+    return await _change_task(wrapper.context, task, title=title)
 
 
 @function_tool
-async def delete_task(wrapper: Wrapper, task_id: TaskId) -> str:
+async def delete_task(wrapper: Wrapper, task: WhichTask) -> str:
     """Take a task off the list."""
-    return to_json(await _change_task(wrapper.context, task_id))
+    return await _change_task(wrapper.context, task)
 
 
-async def _change_task(context: TurnContext, task_id: int | None, **change: Any) -> Row:
-    """Add a task where no number is given, delete one where there is no change; it, or {"error"}."""
-    store, user_id, task = context.store, context.user_id, None
-    if "title" in change:
-        change["title"] = change["title"].strip()[:200]
-        if not change["title"]:
-            return {"error": "A task needs a title."}
-    if task_id is None:
-        return await store.add_task(user_id, **change)
-    if 0 < task_id <= LAST:
-        task = await (store.update_task if change else store.delete_task)(user_id, task_id, **change)
-    return task or {"error": f"There is no task {task_id}."}
+async def _change_task(context: TurnContext, which: str, **changes: Any) -> str:
+    """Change a task, or delete it where there are no changes; it as JSON, or {"error", "tasks"}.
+
+    It is known by its number, its title, or a part that no other title has.
+    """
+    store, user_id = context.store, context.user_id
+    words = re.sub("^(?:the |my |task |#)+", "", which.lower())
+    tasks = await store.tasks(user_id)
+    exact = [task for task in tasks if words in (str(task["id"]), task["title"].lower())]
+    found = exact or [task for task in tasks if words in task["title"].lower()]
+    if len(found) != 1:
+        return to_json({"error": f"There is no single task “{which}”.", "tasks": tasks})
+    change = store.update_task if changes else store.delete_task
+    return to_json(await change(user_id, found[0]["id"], **changes))
 
 
 def task_text(tasks: list[Row]) -> str:
-    return "\n".join(f"{task['id']}. {task['title']}{' (done)' if task['done'] else ''}" for task in tasks)
+    return "\n".join(f"- **{task['id']}** {task['title']}{' (done)' * task['done']}" for task in tasks)
 
 
 def task_widget(tasks: list[Row]) -> Row:
@@ -1224,24 +1176,23 @@ def task_widget(tasks: list[Row]) -> Row:
     how = {"type": "toggle_task", "handler": "server", "loadingBehavior": "auto", "streaming": True}
     boxes = []
     for task in tasks:
-        key, done = str(task["id"]), task["done"]
-        box = {"type": "Checkbox", "key": key, "name": f"task_{key}", "label": task["title"]}
-        action = {**how, "payload": {"id": task["id"], "done": not done}}
+        number, done = task["id"], task["done"]
+        action = {**how, "payload": {"id": number, "done": not done}}
+        box = {"type": "Checkbox", "key": str(number), "name": f"task_{number}", "label": task["title"]}
         boxes.append({**box, "defaultChecked": done, "onChangeAction": action})
     return {"type": "Card", "children": boxes}
 
 
 async def toggle_task(context: TurnContext, action: Row, item: Row | None) -> None:
     """The action handler that goes with the to-do assistant: tick the task, and draw the widget again."""
-    payload: Any = action.get("payload")
-    task_id = payload.get("id") if isinstance(payload, dict) else None
-    if action.get("type") != "toggle_task" or type(task_id) is not int:
+    store, user_id, payload = context.store, context.user_id, action["payload"]
+    task_id = as_row_id(payload.get("id")) if isinstance(payload, dict) else None
+    if action["type"] != "toggle_task" or task_id is None:
         raise ValueError("the only action here is toggle_task, whose payload has the id of a task")
-    changed = await _change_task(context, task_id, done=bool(payload.get("done", True)))
-    if "error" in changed:
-        await context.notice("warning", changed["error"])
-    tasks = await context.store.tasks(context.user_id)
-    if item is not None and item["type"] == "widget":
+    if not await store.update_task(user_id, task_id, done=bool(payload.get("done", True))):
+        await context.notice("warning", f"There is no task {task_id}.")
+    if item is not None:
+        tasks = await store.tasks(user_id)
         await context.replace_widget(item["id"], task_widget(tasks), copy_text=task_text(tasks))
 
 
@@ -1251,8 +1202,7 @@ def todo_agent() -> Agent[TurnContext]:
         name="To-do assistant",
         instructions=(
             "You keep the person's to-do list with your tools. Use them for whatever concerns the list, and "
-            "never claim a change that no tool made. Tasks are known by number; look them up when the person "
-            "names one by its title. Answer briefly, in the person's language."
+            "never claim a change that no tool made. Answer briefly, in the person's language."
         ),
         tools=[add_task, list_tasks, complete_task, update_task, delete_task],
     )
@@ -1263,7 +1213,7 @@ def todo_agent() -> Agent[TurnContext]:
 
 
 class DemoModel(Model):
-    """A model without a network: it understands a handful of to-do sentences and `call NAME {json}`.
+    """Understands a handful of to-do sentences and `call NAME {json}`, by a few rules.
 
     It takes the same way as any model: it streams Responses events, and its tool calls go through the runner.
     """
@@ -1286,20 +1236,13 @@ class DemoModel(Model):
 
 ToolCall = tuple[str, Row]  # a tool's name, and its arguments
 TODO_STARTERS = ("add buy milk to my list", "show my tasks", "complete buy milk")
-_SENTENCES = {
-    r"(?:show|list|what)\b.*\b(?:tasks|list|to-?dos)": "list_tasks",
-    r"(?:add|remind me to|create a task to) (.+?)": "add_task",
-    r"(?:rename|change) (.+?) to (.+?)": "update_task",
-    r"(?:complete|finish|mark) (.+?)(?: as done)?": "complete_task",
-    r"(.+?) (?:is|are) done": "complete_task",
-    r"(?:delete|remove) (.+?)": "delete_task",
-}
-_VERB = r"(?:show|list|what|add|remind|create|rename|change|complete|finish|mark|delete|remove)\b"
-_POLITELY = r"(?:(?:please|and|then|(?:can|could) you) ){0,3}"
-_ON_MY_LIST = r"(?: (?:to|on|from|off) (?:my|the) (?:to-?do )?list)?(?:,? please)?"
-_PLACES = {"first": 0, "second": 1, "third": 2, "last": -1}
-_QUOTES = "\"'“” "
-_UNREADABLE = (ValueError, TypeError, KeyError, RecursionError)
+_COMMANDS = (  # verbs, what follows them, and the tool whose arguments its groups are
+    ("show|list|what|what's", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
+    ("add|remind me to", "(?P<title>.+?)", "add_task"),
+    ("rename|change", "(?P<task>.+?) to (?P<title>.+?)", "update_task"),
+    ("complete|finish|mark", "(?P<task>.+?)(?: as done)?", "complete_task"),
+    ("delete|remove", "(?P<task>.+?)", "delete_task"),
+)
 _SAID = {
     "add_task": "Added “{title}” to your list. It is task {id}.",
     "complete_task": "Marked “{title}” as done.",
@@ -1309,123 +1252,87 @@ _SAID = {
 
 
 def _respond(call: ModelCall) -> ModelStep:
-    """The next step. Like any model it keeps nothing between two: what it did is in the items it is given."""
-    given = call.input
-    items: list[Row] = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    words = [_own_words(item) for item in items]
-    spoken = (n for n, item in enumerate(items) if words[n] or item.get("role") == "assistant")
-    start = max(spoken, default=0)  # what follows an answer is no person's: a click, or the like
-    outputs = {i["call_id"]: i.get("output") for i in items if i.get("type") == "function_call_output"}
-    done: dict[str, list[Any]] = {}  # what the tools answered since then
-    for item in items[start:]:
-        if item.get("type") == "function_call":
-            done.setdefault(item["name"], []).append(outputs.get(item["call_id"]))
+    """The next step: the calls that are asked for and were not made yet, or else a report of all.
+
+    Like any model it keeps nothing between two steps: what it did is in the items that it is given.
+    """
+    words, outputs = "", Row()
+    made: dict[str, ToolCall] = {}  # since the person spoke, by their ids
+    for item in call.input:
+        if item.get("role") == "user":
+            content = item["content"]
+            text = content if isinstance(content, str) else content[-1].get("text", "")
+            if not text.startswith("<context>"):  # which the server put there
+                words, made = text, {}
+        elif item.get("role") == "assistant":  # what follows an answer is a click, or the like
+            words, made = "", {}
+        elif item.get("type") == "function_call":
+            made[item["call_id"]] = (item["name"], json_object(item["arguments"]))
+        elif item.get("type") == "function_call_output":
+            outputs[item["call_id"]] = item["output"]
     tools = {tool.name: tool.params_json_schema for tool in call.tools if isinstance(tool, FunctionTool)}
     tools |= {handoff.tool_name: handoff.input_json_schema for handoff in call.handoffs}
-    steps = _steps(words[start], tools, "" if done else str(call.model_settings.tool_choice))
+    wanted = _wanted_calls(words, tools, str(call.model_settings.tool_choice))
+    missing = [each for each in wanted if each not in made.values()]
+    # One tool after the other: a list that is asked for last shows what was done before.
+    now = [each for each in missing if each[0] == missing[0][0]]
+    output: list[Any] = [function_call(*each, call_id="call_" + secrets.token_hex(8)) for each in now]
     text = ""
-    try:  # from the beginning, up to the first calls that have not been made
-        calls = next(steps)
-        while all(done.get(name) for name, _ in calls):
-            calls = steps.send([done[name].pop(0) if done[name] else None for name, _ in calls])
-        output: list[Any] = [function_call(*each, call_id="call_" + secrets.token_hex(8)) for each in calls]
-    except StopIteration as end:  # what is left in `done` was forced, or is the handoff that led here
-        said = [_report(name, answer) for name, answers in done.items() for answer in answers]
-        text = "\n\n".join([*said, *end.value]) or _introduction(list(tools))
+    if not output:
+        reports = [_report(name, outputs.get(call_id)) for call_id, (name, _) in made.items()]
+        text = "\n\n".join(reports) or _introduction(list(tools))
         output = [assistant_message(text)]
-    heard, told = len(json.dumps(items, default=str).split()), len(text.split())  # words: it has no tokens
+    heard, told = len(json.dumps(call.input, default=str).split()), len(text.split())  # it has no tokens
     return ModelStep(output, Usage(1, input_tokens=heard, output_tokens=told, total_tokens=heard + told))
 
 
-def _own_words(item: Row) -> str:
-    """What a person wrote, whose last part has it; context is put there by the server."""
-    content = item.get("content") if item.get("role") == "user" else None
-    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
-    return "" if not texts or texts[0].startswith("<context>") else texts[-1]
+def _wanted_calls(words: str, tools: dict[str, Row], forced: str) -> list[ToolCall]:
+    """What a message asks for; where it does not ask for a tool that is `forced`, that one has it whole."""
+    calls = _named_calls(words, tools) or (understand(words) if "add_task" in tools else [])
+    if forced not in tools or forced in [name for name, _ in calls]:
+        return calls
+    kinds = tools[forced].get("properties", {}).items()
+    return [(forced, {name: words for name, kind in kinds if kind.get("type") == "string"})]
 
 
-def _steps(words: str, tools: dict[str, Row], forced: str) -> Generator[list[ToolCall], list[Any], list[str]]:
-    """A whole answer: yields the calls of each step, is sent their outputs, and returns what to say."""
-    calls = _named_calls(words, list(tools))
-    commands = understand(words) if "add_task" in tools and not calls else []
-    if forced in tools and forced not in [name for name, *_ in [*calls, *commands]]:
-        kinds = tools[forced].get("properties", {}).items()
-        calls, commands = [(forced, {key: words for key, kind in kinds if kind.get("type") == "string"})], []
-    said = list(map(_report, [name for name, _ in calls], (yield calls))) if calls else []
-    listed = None
-    for tool, target, title in commands:
-        if tool == "list_tasks":
-            calls = [(tool, {"show": True})]
-        elif tool == "add_task":
-            calls = [(tool, {"title": each.strip(_QUOTES)}) for each in re.split(", and |, | and ", target)]
-        else:
-            if listed is None and not target.isdecimal():
-                [listed] = yield [("list_tasks", {"show": False})]
-            rest = {"title": title} if title else {}
-            calls = [(tool, {"task_id": task_id, **rest}) for task_id in _find_tasks(target, listed)]
-        if calls:
-            said += map(_report, [tool] * len(calls), (yield calls))
-        else:
-            said.append(f"I found no single task that fits “{target}”.")
-    return said
-
-
-def understand(text: str) -> list[tuple[str, str, str]]:
-    """The to-do commands in a message: a tool, the words that name its task, and a new title."""
-    commands = []
-    text = " ".join(text[:1000].split())  # a pattern may look at all of it many times
-    for clause in re.split(rf"(?:[.;!?,] ?| and | then )(?={_POLITELY}{_VERB})", text, flags=re.I):
-        for sentence, tool in _SENTENCES.items():
-            pattern = f"{_POLITELY}(?:{sentence}){_ON_MY_LIST}"
-            if found := re.fullmatch(pattern, clause.strip(" .!?,;"), re.I):
-                target, title, *_ = [*(group.strip(_QUOTES) for group in found.groups()), "", ""]
-                commands.append((tool, target, title))
-                break
-    return commands
-
-
-def _find_tasks(words: str, listed: Any) -> list[int]:
-    """The numbers of the tasks that are meant: by number, position or title. Empty: none, or unclear."""
-    words = re.sub(r"^(?:(?:the|my|task) |#)+| (?:tasks?|one)$", "", words.lower())
-    if words.isdecimal():
-        return [int(words)]
-    titles: dict[int, str] = {}
-    with contextlib.suppress(*_UNREADABLE):
-        titles = {task["id"]: task["title"].lower() for task in json.loads(listed)}
-    if words in _PLACES:
-        return list(titles)[_PLACES[words] :][:1]
-    if words in ("all", "everything"):
-        return list(titles)
-    exact = [task_id for task_id, title in titles.items() if title == words]
-    part = [task_id for task_id, title in titles.items() if words in title]
-    return exact[:1] or (part if len(part) == 1 else [])
-
-
-def _named_calls(words: str, tools: list[str]) -> list[ToolCall]:
+def _named_calls(words: str, tools: Iterable[str]) -> list[ToolCall]:
     """What is named in `call echo {"text": "hi"} call transfer_to_billing`."""
     calls, end, pattern = [], 0, re.compile(r"\bcall\s+([\w-]+)\s*", re.I)
     while found := pattern.search(words, end):
-        arguments, end = None, found.end()
-        with contextlib.suppress(*_UNREADABLE):
-            arguments, end = json.JSONDecoder().raw_decode(words, end)
-            arguments = json_copy(arguments)
+        start = end = found.end()
+        with contextlib.suppress(ValueError, RecursionError):
+            _, end = json.JSONDecoder().raw_decode(words, start)
         if found[1] in tools:
-            calls.append((found[1], arguments if isinstance(arguments, dict) else {}))
+            calls.append((found[1], json_object(words[start:end])))
+    return calls
+
+
+def understand(text: str) -> list[ToolCall]:
+    """What the to-do commands in a message ask for."""
+    calls: list[ToolCall] = []
+    text = " ".join(re.sub('["“”]', "", text[:1000]).split())  # a pattern may look at all of it many times
+    any_verb = "|".join(verbs for verbs, _, _ in _COMMANDS)
+    on_my_list = "(?: (?:to|on|from) (?:my|the) (?:to-?do )?list)?(?:,? please)?"
+    for clause in re.split(f"(?:[.;!?,]| and| then)+ (?=(?:please )?(?:{any_verb}) )", text, flags=re.I):
+        for verbs, rest, tool in _COMMANDS:
+            command = re.compile(f"(?:please )?(?:{verbs}) {rest}{on_my_list}", re.I)
+            if found := command.fullmatch(clause.strip(" .!?,;")):
+                titles = re.split(", and |, | and ", found["title"]) if tool == "add_task" else []
+                calls += [(tool, {"title": title}) for title in titles] or [(tool, found.groupdict())]
     return calls
 
 
 def _report(tool: str, output: Any) -> str:
     """What a tool answered, in words."""
-    with contextlib.suppress(*_UNREADABLE):  # then it is none of these
-        result = json.loads(output)
+    result = json_value(output)
+    with contextlib.suppress(KeyError, TypeError):  # an agent's own tool may have one of these names
+        if "error" in result:
+            return str(result["error"])
         if tool == "list_tasks":
-            lines = [f"- **{each['id']}** {each['title']}{' (done)' * each['done']}" for each in result]
-            return "\n".join(["Your tasks:\n", *lines]) if lines else "Your list is empty."
+            return f"Your tasks:\n\n{task_text(result)}" if result else "Your list is empty."
         return _SAID.get(tool, "{assistant} has taken over.").format(**result)
-    if isinstance(output, list):  # content parts
-        output = " ".join(part.get("text") or f"({part['type'].removeprefix('input_')})" for part in output)
-    answer = f"answered: {str(output)[:1000]}" if output else "said nothing."
-    return f"The tool `{tool}` {answer}"
+    text = tool_text(output, output)[:1000]
+    return f"The tool `{tool}` answered: {text}" if text else f"The tool `{tool}` is done."
 
 
 def _introduction(tools: list[str]) -> str:
@@ -1496,9 +1403,8 @@ class Models(ModelProvider):
                 f"The model {name!r} is one of OpenAI's: it needs OPENAI_API_KEY, or OPENAI_BASE_URL for "
                 "a server that speaks its API. Others have a slash, as in gemini/gemini-2.5-flash."
             )
-        if self.client.base_url.host == "api.openai.com":
-            return OpenAIResponsesModel(model=name, openai_client=self.client)
-        return OpenAIChatCompletionsModel(model=name, openai_client=self.client)
+        is_openai = self.client.base_url.host == "api.openai.com"
+        return OpenAIProvider(openai_client=self.client, use_responses=is_openai).get_model(name)
 
     @functools.cached_property
     def client(self) -> AsyncOpenAI:
@@ -1515,27 +1421,19 @@ class Models(ModelProvider):
         return said.text
 
     def _litellm_model(self, name: str) -> Model:
-        # LiteLLM costs two seconds and 50 MB; and it fetches a price list at import unless it is told not to.
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        import litellm
+        litellm, (provider, _, rest) = _litellm(), name.partition("/")
         from agents.extensions.models.litellm_model import LitellmModel
 
-        _mend_litellm()
-        litellm.suppress_debug_info = True  # it prints advice to standard output otherwise
-        litellm.drop_params = True  # a setting that one provider does not know is left out, not refused
-        litellm.disable_aiohttp_transport = True  # it keeps a stopped answer's connection, and hides breaks
-        provider, _, rest = name.partition("/")
-        known = [str(getattr(each, "value", each)) for each in litellm.provider_list]
+        known = [each.value for each in litellm.LlmProviders]
         if provider not in known:
-            near = [f"{each}/{rest}" for each in difflib.get_close_matches(provider.lower(), known, 1)]
-            meant = near[0] if near else "gemini/gemini-2.5-flash, say"
-            told = f"LiteLLM knows no provider {provider!r} (of the model {name!r})"
-            raise SettingsError(f"{told}: write {meant}.")
+            near = difflib.get_close_matches(provider.lower(), known, 1)
+            meant = f"{near[0]}/{rest}" if near else "gemini/gemini-2.5-flash, say"
+            raise SettingsError(f"LiteLLM knows no provider {provider!r}, for {name!r}: write {meant}.")
         for variable, value in list(os.environ.items()):
             if variable.endswith("_API_KEY") and not value:
                 del os.environ[variable]  # what is empty counts as not set, but not for LiteLLM
-        keys = {"gemini": self.settings.gemini_api_key, "openai": self.settings.openai_api_key}
-        key, url = keys.get(provider), self.settings.openai_base_url if provider == "openai" else None
+        key = getattr(self.settings, f"{provider}_api_key", None)  # OpenAI's and Gemini's are settings
+        url = getattr(self.settings, f"{provider}_base_url", None)
         missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
         if needed := [variable for variable in missing if variable.endswith("_API_KEY")]:
             raise SettingsError(f"The model {name!r} needs {' or '.join(needed)}.")
@@ -1547,20 +1445,24 @@ class Models(ModelProvider):
             await client.close()
 
 
-def _mend_litellm() -> None:
-    """Where Gemini's stream ends within a chunk, LiteLLM 1.83 asks for the rest for ever, and stops all."""
+@functools.cache
+def _litellm() -> Any:
+    """LiteLLM, made fit for us. It costs two seconds and 50 MB: only for those who use it."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or its import fetches a price list
+    import litellm
     from litellm.llms.vertex_ai.gemini.vertex_and_google_ai_studio_gemini import ModelResponseIterator
 
+    litellm.suppress_debug_info = True  # it prints advice to standard output otherwise
+    litellm.drop_params = True  # a setting that one provider does not know is left out, not refused
+    litellm.disable_aiohttp_transport = True  # it keeps a stopped answer's connection, and hides breaks
     parse = ModelResponseIterator.handle_accumulated_json_chunk
 
     def parse_or_end(self: Any, chunk: str) -> Any:
-        if chunk:
-            return parse(self, chunk)
-        rest, self.accumulated_json = self.accumulated_json, ""
-        return json.loads(rest)  # which raises, or it would have been taken before
+        # Where Gemini's stream ends within a chunk, LiteLLM 1.83 asks for the rest for ever, and stops all.
+        return parse(self, chunk) if chunk else json.loads(self.accumulated_json)  # which raises
 
-    if parse.__name__ != parse_or_end.__name__:
-        cast(Any, ModelResponseIterator).handle_accumulated_json_chunk = parse_or_end
+    cast(Any, ModelResponseIterator).handle_accumulated_json_chunk = parse_or_end
+    return litellm
 
 
 def agents_within(agent: Agent[Any]) -> list[Agent[Any]]:
@@ -1576,8 +1478,8 @@ def agents_within(agent: Agent[Any]) -> list[Agent[Any]]:
     return found
 
 
-class EmptyAnswer(Exception):
-    """The model ended without a word."""
+class Failure(Exception):
+    """Why there is no answer: its code, and what a person is told where REASONS has no text for that."""
 
 
 # Why an answer failed, by its code: what a person is told, and where to try again is not worth it.
@@ -1594,7 +1496,13 @@ REASONS = {
     "refusal": "The model declined to answer.",
     "bad_answer": "The model's provider broke off, or sent what is no answer.",
     "empty": "The model gave no answer.",
+    "storage": "The database cannot be used right now.",
     "internal": "Something went wrong while answering.",
+}
+STORAGE_REASONS = {  # by a word in SQLite's own text
+    "locked": "The database is locked by another program. Try again in a moment.",
+    "full": "The disk is full; nothing new can be kept.",
+    "readonly": "The database is read-only; nothing new can be kept.",
 }
 FINAL = {"key_rejected", "model_not_found", "refused", "unreadable_file", "guardrail", "refusal"}
 BY_STATUS = {401: "key_rejected", 402: "rate_limited", 403: "key_rejected", 404: "model_not_found"}
@@ -1607,7 +1515,6 @@ BY_CLASS: dict[str, tuple[type[BaseException], ...]] = {  # the first that fits 
     "guardrail": (*MODEL_GUARDRAILS, *TOOL_GUARDRAILS),
     "refusal": (ModelRefusalError,),
     "bad_answer": (ModelBehaviorError, json.JSONDecodeError),
-    "empty": (EmptyAnswer,),
     "unreachable": (openai.APIError, ConnectionError),
 }
 
@@ -1618,15 +1525,17 @@ def explain(error: BaseException) -> Row:
     The error's own text stays out: providers put keys, addresses and prompts into theirs.
     """
     error = getattr(error, "original_exception", None) or error  # what LiteLLM has wrapped in one of its own
-    if isinstance(error, (Refused, UnreadableFile, SettingsError)):
-        code = "unreadable_file" if isinstance(error, UnreadableFile) else "refused"
-        return reason_json(code, str(getattr(error, "detail", error)))
+    if isinstance(error, Failure):
+        return reason_json(*error.args)
+    if isinstance(error, (Refused, SettingsError)):
+        return reason_json("refused", str(getattr(error, "detail", error)))
     if isinstance(error, (sqlite3.Error, StoreError)):
-        return reason_json("storage", storage_text(error))
+        texts = (text for word, text in STORAGE_REASONS.items() if word in str(error))
+        return reason_json("storage", str(error) if isinstance(error, StoreError) else next(texts, None))
     status = _http_status(error)
     if 400 <= status < 500:
         code = BY_STATUS.get(status, "refused")
-    elif status or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore"):
+    elif status or type(error).__module__.startswith(("httpx", "httpcore")):
         code = "unreachable"
     else:
         code = next((code for code, kinds in BY_CLASS.items() if isinstance(error, kinds)), "internal")
@@ -1652,19 +1561,6 @@ def _http_status(error: BaseException | None) -> int:
     return status
 
 
-def storage_text(error: BaseException) -> str:
-    """What a failing database means for the person."""
-    if isinstance(error, StoreError):
-        return str(error)
-    told = {
-        "locked": "The database is locked by another program. Try again in a moment.",
-        "full": "The disk is full; nothing new can be kept.",
-        "readonly": "The database is read-only; nothing new can be kept.",
-    }
-    found = (text for word, text in told.items() if word in str(error).lower())
-    return next(found, "The database cannot be used right now.")
-
-
 # ====================================================================================================== Items
 # A row has three faces: what the model is shown again (input items of the Agents SDK, which are those of
 # OpenAI's Responses API), what ChatKit shows (a thread item), and plain text. For each kind of row they stand
@@ -1675,16 +1571,15 @@ def storage_text(error: BaseException) -> str:
 OF_ANY_MODEL = (None, "message", "function_call", "function_call_output")
 
 
-def model_input(rows: list[Row], cut: bool, hosted: bool) -> list[Row]:
+def model_input(rows: list[Row], hosted: bool) -> list[Row]:
     """What the model is shown of stored rows, which have their `files`.
 
-    `cut` says that older rows exist; `hosted`, that the model knows the items of OpenAI's own tools. Raises
-    UnreadableFile for a file of the newest message that no model can be given.
+    `hosted`: the model knows the items of OpenAI's own tools. Raises Failure for a file of the newest row
+    that no model can be given.
     """
-    newest = max((row["id"] for row in rows if row["role"] == "user"), default=0)
-    items = [item for row in rows for item in row_input(row, newest=row["id"] == newest)]
-    if cut and rows[0]["role"] != "user":  # some providers insist that a conversation begins with the person
-        items.insert(0, {"role": "user", "content": "(Earlier messages are left out.)"})
+    items = [item for row in rows for item in row_input(row, newest=row is rows[-1])]
+    if rows and rows[0]["role"] != "user":  # some providers insist that a conversation begins with the person
+        items.insert(0, context_input("Earlier messages are left out."))
     return [item for item in _with_outputs(items) if hosted or item.get("type") in OF_ANY_MODEL]
 
 
@@ -1724,23 +1619,18 @@ def row_input(row: Row, *, newest: bool) -> list[Row]:
 
 def thread_item(row: Row, base: str) -> Row:
     """A stored row as ChatKit's thread item; `base` is the app's own URL."""
-    item = row["item"]
     if row["role"] == "user":
         item = user_item(row, base)
-    elif row["role"] == "item":
+    elif row["item"]:
         item = shown_item(row, base)
-    elif item is None and row["role"] == "assistant":
+    elif row["role"] == "assistant":
         item = {"type": "assistant_message", "content": [output_text(row["content"])]}
-    elif item is None:
-        item = tool_item(row)
-    thread_id = str(row["conversation_id"])
-    return {"id": str(row["id"]), "thread_id": thread_id, "created_at": row["created_at"], **item}
-
-
-def plain_message(row: Row, base: str) -> Row:
-    """A row as REST returns it: what MessageOut has of it."""
-    message = {name: value for name, value in row.items() if value or name not in ("item", "error")}
-    return {**message, "item": thread_item(row, base)} if row["item"] else message
+    else:
+        signs = {"streaming": "loading", "pending": "loading", "done": "complete"}
+        told = "\n".join(tool_texts(row)) or None
+        item = task_item(signs.get(row["status"], "none"), title=row["tool_calls"][0]["name"], content=told)
+    ids = {"id": str(row["id"]), "thread_id": str(row["conversation_id"])}
+    return {**ids, "created_at": row["created_at"], **item}
 
 
 def as_shown(row: Row, show_tools: str) -> Row | None:
@@ -1760,10 +1650,10 @@ def markdown(title: str, rows: list[Row]) -> str:
         elif row["content"]:
             who = {"user": "**You**\n\n", "assistant": "**Assistant**\n\n"}.get(row["role"], "")
             parts.append(who + row["content"])
-        if row["role"] == "assistant" and row["item"]:
-            sources = [annotation["source"] for annotation in row["item"]["content"][0]["annotations"]]
-            named = [(source.get("title", "source"), source.get("url")) for source in sources]
-            parts.append("\n".join(f"- [{name}]({url})" if url else f"- {name}" for name, url in named))
+        for annotation in annotations_of(row["item"] or {}):
+            source = annotation.get("source") or {}
+            name, url = source.get("title", "source"), source.get("url")
+            parts.append(f"- [{name}]({url})" if url else f"- {name}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -1776,10 +1666,6 @@ def code_block(text: str, language: str = "") -> str:
 # ---- what the person wrote
 
 
-class UnreadableFile(Exception):
-    """A file that no model can be given; the text is safe to show."""
-
-
 def user_input(row: Row, *, newest: bool) -> Row:
     """The person's own words last; what is quoted, tagged or attached stands apart from them."""
     item, parts = row["item"] or {}, []
@@ -1790,10 +1676,10 @@ def user_input(row: Row, *, newest: bool) -> Row:
             about = to_json({name: tag[name] for name in ("id", "text", "data")})
             parts.append(input_text(f"The person's message names this as @{tag['text']}:\n{about}"))
     for file in item.get("attachments") or []:
-        readable = newest or not item.get("unread")
+        readable = newest or (row["error"] or {}).get("code") != "refused"  # perhaps for this file
         part = file_input(file, row["files"].get(file["id"], b"")) if readable else None
         if part is None and newest:
-            raise UnreadableFile(f"The model cannot read {file['name']} ({file['mime_type']}).")
+            raise Failure("unreadable_file", f"The model cannot read {file['name']} ({file['mime_type']}).")
         told = f"(The person attached {file['name']}, which the model cannot read.)"
         parts.append(part or input_text(told))
     words = row["content"] or "(The person sent this without words.)"
@@ -1810,12 +1696,11 @@ def input_text(text: str) -> Row:
 
 
 def user_item(row: Row, base: str) -> Row:
-    kept = {name: part for name, part in (row["item"] or {}).items() if name != "unread"}
-    data, thread_id = row.get("files", {}), str(row["conversation_id"])
+    kept, data, thread_id = row["item"] or {}, row.get("files", {}), str(row["conversation_id"])
     files = [attachment_json(file, base, data.get(file["id"])) for file in kept.get("attachments") or []]
-    kept["attachments"] = [{**file, "thread_id": thread_id} for file in files]
     text = [input_text(row["content"])] if row["content"] else []
-    return {"type": "user_message", "content": text, "inference_options": {}, **kept}
+    item = {"type": "user_message", "content": text, "inference_options": {}, **kept}
+    return {**item, "attachments": [{**file, "thread_id": thread_id} for file in files]}
 
 
 # ---- what the agent said
@@ -1826,17 +1711,17 @@ def output_text(text: str, annotations: Sequence[Row] = ()) -> Row:
 
 
 def annotation_json(given: Any) -> Row | None:
-    """A citation of the Responses API as ChatKit's annotation; None for one of an unknown spelling."""
-    given = given if isinstance(given, dict) else getattr(given, "__dict__", {})
-    kind = given.get("type")
-    if kind == "url_citation" and isinstance(given.get("url"), str):
-        source = source_json("url", given["url"], given.get("title"))
-    elif kind in ("file_citation", "container_file_citation") and given.get("filename"):
-        source = source_json("file", given["filename"])
-    else:
+    """A citation of the Responses API as ChatKit's annotation; None for one that names no source."""
+    given = dict(given)
+    url, name = given.get("url"), given.get("filename")
+    if not (url or name):
         return None
-    index = given.get("end_index", given.get("index"))
-    return {"type": "annotation", "source": source, **({"index": index} if isinstance(index, int) else {})}
+    source = source_json("url", url, given.get("title")) if url else source_json("file", name)
+    return filled(type="annotation", source=source, index=given.get("end_index", given.get("index")))
+
+
+def annotations_of(item: Row) -> list[Row]:
+    return [each for part in item.get("content") or [] for each in part.get("annotations") or []]
 
 
 def source_json(kind: Literal["url", "file"], name: Any, title: Any = None) -> Row:
@@ -1852,35 +1737,26 @@ def tool_texts(row: Row) -> list[str]:
     return [text for text in (arguments and to_json(arguments), row["content"]) if text]
 
 
-def tool_item(row: Row) -> Row:
-    indicator = {"streaming": "loading", "pending": "loading", "done": "complete"}.get(row["status"], "none")
-    told = {"content": "\n".join(tool_texts(row))} if tool_texts(row) else {}
-    return task_item(indicator, title=row["tool_calls"][0]["name"], **told)
-
-
 def task_item(indicator: str, **task: Any) -> Row:
-    return {"type": "task", "task": {"type": "custom", "status_indicator": indicator, **task}}
+    return {"type": "task", "task": {"type": "custom", "status_indicator": indicator, **filled(**task)}}
 
 
-def hosted_item(raw: Row, status: str) -> Row:
+def hosted_item(raw: Row, indicator: str) -> Row:
     """A call of a tool on the provider's side, such as a web search, as one of ChatKit's tasks.
 
     `raw` is the item of the Responses API: openai.types.responses has the types.
     """
     kind, action = raw["type"].removesuffix("_call"), raw.get("action") or {}
-    indicator = "loading" if status == "streaming" else "complete"
     if kind == "web_search":
         asked = action.get("queries") or [action.get(name) for name in ("query", "url", "pattern")]
-        queries = [text for text in asked if text]
         sources = [source_json("url", each["url"]) for each in action.get("sources") or [] if each.get("url")]
-        return task_item(indicator, type=kind, queries=queries, sources=sources)
+        return task_item(indicator, type=kind, queries=list(filter(None, asked)), sources=sources)
     if kind == "file_search":
         names = [result.get("filename") or result.get("file_id") for result in raw.get("results") or []]
         sources = [source_json("file", name) for name in dict.fromkeys(names)]
         return task_item(indicator, type="file", title=", ".join(raw.get("queries") or []), sources=sources)
-    told = [raw.get("code"), *(output.get("logs") for output in raw.get("outputs") or [])]
     rest = {name: raw[name] for name in ("arguments", "action", "output", "error") if raw.get(name)}
-    told.append(re.sub('"data:[^"]*"', '"..."', to_json(rest)) if rest else "")  # no pictures' bytes
+    told = [raw.get("code"), *(each.get("logs") for each in raw.get("outputs") or []), rest and to_json(rest)]
     content = "\n\n".join(code_block(str(text)) for text in told if text)
     title = raw.get("name") or kind.replace("_", " ").capitalize()
     return task_item(indicator, title=title, content=content)
@@ -1896,42 +1772,47 @@ def shown_item(row: Row, base: str) -> Row:
         if item["type"] == "structured_input":
             return {**item, "status": "skipped"}
         return task_item("none", title=f"{item.get('name', 'The call')} was not answered")
-    image = item.get("image")
-    if item["type"] == "generated_image" and image and image["url"].startswith("/attachments/"):
-        return {**item, "image": {**image, "url": base + image["url"]}}
-    return item
+    return with_urls(item, base)
+
+
+def with_urls(part: Row, base: str) -> Row:
+    """An item, or an update of one, whose picture is kept here: at the app's own URL."""
+    image = part.get("image")
+    if part["type"].startswith("generated_image") and image and image["url"].startswith("/attachments/"):
+        return {**part, "image": {**image, "url": base + image["url"]}}
+    return part
 
 
 def item_text(item: Row) -> str:
     """The plain words of a thread item that somebody streams: searched, copied, and told to plain readers."""
     if item["type"] in ("assistant_message", "user_message"):
         return "".join(str(part.get("text", "")) for part in item.get("content") or [])
-    if item["type"] == "workflow":
-        parts = [item["workflow"].get("summary") or {}, *(item["workflow"].get("tasks") or [])]
-        return "\n".join(part["title"] for part in parts if part.get("title"))
-    if item["type"] == "task":
-        return "\n".join(filter(None, (item["task"].get("title"), item["task"].get("content"))))
-    return str(item.get("copy_text") or "")
+    workflow = item.get("workflow") or {"tasks": [item.get("task") or {}]}
+    parts = [workflow.get("summary") or {}, *(workflow.get("tasks") or [])]
+    texts = [str(part[name]) for part in parts for name in ("title", "content") if part.get(name)]
+    return "\n".join(texts) or str(item.get("copy_text") or "")
 
 
 def thought_item(text: str, seconds: int | None = None) -> Row:
     """A summary of the model's reasoning, which the model itself is not shown again."""
-    indicator = "loading" if seconds is None else "complete"
+    indicator, summary = ("loading", None) if seconds is None else ("complete", {"duration": seconds})
     thought = {"type": "thought", "content": text, "status_indicator": indicator}
-    summary = {} if seconds is None else {"summary": {"duration": seconds}}
-    workflow = {"type": "reasoning", "tasks": [thought] if text else [], "expanded": False, **summary}
+    workflow = filled(type="reasoning", tasks=[thought] if text else [], expanded=False, summary=summary)
     return {"type": "workflow", "workflow": workflow}
 
 
-def approval_item(calls: list[Row]) -> Row:
-    """One question for each tool call that needs the person's approval."""
-    inputs = []
-    for call in calls:
-        options = [{"value": f"{choice} {call['name']}"} for choice in ("Approve", "Reject")]
-        question = f"Run {call['name']} with {to_json(call['args'])}?"
-        asked = {"type": "multiple_choice", "id": call["id"], "question": question, "multiple": False}
-        inputs.append({**asked, "options": options})
-    return {"type": "structured_input", "status": "pending", "inputs": inputs}
+def pending_item(asked: ClientTool | Questions, call_id: str = "") -> Row:
+    """What the person's side has to do: to answer questions, or a tool's work."""
+    if isinstance(asked, Questions):
+        return {"type": "structured_input", "status": "pending", "inputs": asked.inputs}
+    return {"type": "client_tool_call", "status": "pending", "call_id": call_id, **vars(asked)}
+
+
+def approval_question(call_id: str | None, name: str | None, args: Row) -> Row:
+    """What the person is asked before a tool runs that needs their approval."""
+    options = [{"value": f"{choice} {name}"} for choice in ("Approve", "Reject")]
+    asked = {"type": "multiple_choice", "id": call_id, "question": f"Run {name} with {to_json(args)}?"}
+    return {**asked, "options": options, "multiple": False}
 
 
 def answered_item(item: Row, status: str, answers: dict[str, Row]) -> Row:
@@ -1944,19 +1825,6 @@ def answered_item(item: Row, status: str, answers: dict[str, Row]) -> Row:
             values = values[:1]
         inputs.append({**question, "answer": {"values": values, "skipped": not values}})
     return {**item, "status": status, "inputs": inputs}
-
-
-def answers_told(item: Row) -> list[Row]:
-    """Answered questions as the model is told them."""
-    return [{"question": question["question"], **question["answer"]} for question in item["inputs"]]
-
-
-def handed_over_item(call: Row, asked: ClientTool | Questions) -> Row:
-    """What the person's side is to do in place of a tool."""
-    if isinstance(asked, Questions):
-        return {"type": "structured_input", "status": "pending", "inputs": asked.inputs}
-    item = {"type": "client_tool_call", "status": "pending", "call_id": call["id"]}
-    return {**item, "name": asked.name, "arguments": asked.arguments}
 
 
 # ====================================================================================================== Files
@@ -1978,13 +1846,11 @@ def file_input(file: Row, data: bytes) -> Row | None:
         return {"type": "input_image", "image_url": data_url(mime_type, data), "detail": "auto"}
     if mime_type == "application/pdf":
         return {"type": "input_file", "filename": file["name"], "file_data": data_url(mime_type, data)}
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        return None
-    if "\0" in text or mime_type.startswith(("image/", "audio/", "video/")):
-        return None
-    return input_text(f"The person attached the file {to_json(file['name'])}:\n<file>\n{text}\n</file>")
+    with contextlib.suppress(UnicodeDecodeError):
+        if "\0" not in (text := data.decode()):
+            name = to_json(file["name"])
+            return input_text(f"The person attached the file {name}:\n<file>\n{text}\n</file>")
+    return None
 
 
 def attachment_json(file: Row, base: str, preview: bytes | None = None, *, upload: bool = False) -> Row:
@@ -1997,9 +1863,8 @@ def attachment_json(file: Row, base: str, preview: bytes | None = None, *, uploa
     if upload:
         attachment["upload_descriptor"] = {"url": url, "method": "POST", "headers": {}}
     if file["mime_type"].startswith("image/"):
-        attachment |= {"type": "image", "preview_url": url}
-        if preview and not base.startswith("https:"):
-            attachment["preview_url"] = data_url(file["mime_type"], preview)
+        shown = data_url(file["mime_type"], preview) if preview and not base.startswith("https:") else url
+        attachment |= {"type": "image", "preview_url": shown}
     return attachment
 
 
@@ -2016,24 +1881,14 @@ def data_url(mime_type: str, data: bytes) -> str:
 Event = Row
 
 SAVE_EVERY = 0.4  # seconds that text may be on a screen and not yet in the file
+CHUNK = 1000  # events at once: a reader that stopped reading keeps so many in memory, not the whole answer
+KEEP_ALIVE = 15.0  # seconds of silence after which proxies might close a stream
 STOP_WITHIN = 1.0  # seconds that a stopped model or tool has to let go
 ITEM_EVENTS = ("thread.item.added", "thread.item.done", "thread.item.replaced")
 STOPPED = "The person stopped the answer above before it was complete. Do not go on with it unless they ask."
-# What becomes of rows that were growing in a turn that was stopped, by its reason.
-ENDINGS = {"cancelled": "cancelled", "deleted": "cancelled", "timeout": "failed", "shutdown": "interrupted"}
-
-
-async def patiently(write: Callable[..., Awaitable[T]], *values: Any, **columns: Any) -> T:
-    """A write that must not be lost: another program's lock is waited out for up to half a minute."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            return await write(*values, **columns)
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            log.warning("the database is locked by another program; trying again")
-            await asyncio.sleep(0.2)
+# What becomes of rows that were still growing when a turn ended, by the reason for which it was stopped.
+ENDINGS = {None: "done", "cancelled": "cancelled", "deleted": "cancelled"}
+ENDINGS |= {"timeout": "failed", "shutdown": "interrupted"}
 
 
 class Turn:
@@ -2051,9 +1906,9 @@ class Turn:
         self.conversation: Row = {}
         self.conversation_id = 0  # until it has entered one
         self.user_message: Row = {}  # what it answers, if it is a message
+        self.is_first = False  # whether that is all that the conversation holds
         self.model: str | None = None  # that the message asked for; None is the agent's own
         self.run: Run | None = None
-        self.agent_name: str | None = None  # who had the last word, where it is not the first agent
         self.last_message_id: int | None = None
         self.draft: Draft | None = None  # what the model is saying
         self.calls: dict[str, Row] = {}  # rows of what the model began and did not end, by call or item id
@@ -2064,9 +1919,7 @@ class Turn:
 
     def enter(self, conversation: Row) -> None:
         """The conversation that it is in, known before anything else can happen."""
-        self.conversation, caller = conversation, self.caller
-        self.conversation_id = conversation["id"]
-        self.agent_name = conversation["agent"]
+        self.conversation, self.conversation_id, caller = conversation, conversation["id"], self.caller
         place = (self.user_id, self.conversation_id, thread_of(conversation), self.chat.store)
         self.context = TurnContext(*place, self, caller.locale, caller.request_context)
         self.emit({"type": "thread", "thread_id": self.conversation_id, "title": conversation["title"]})
@@ -2085,11 +1938,18 @@ class Turn:
         """Tell how an item grows; `kind` and `parts` are one of the protocol's updates."""
         self.emit({"type": "thread.item.updated", "item_id": str(row_id), "update": {"type": kind, **parts}})
 
-    async def wait_beyond(self, seen: int) -> None:
-        """Return when there may be more than `seen` events, or it is over; sometimes for nothing."""
-        if len(self.events) <= seen and self.phase != "over":
-            self.news.clear()
-            await self.news.wait()
+    async def follow(self) -> AsyncGenerator[list[Event], None]:
+        """All its events, as they come; and none, after KEEP_ALIVE seconds of silence."""
+        seen, loop = 0, asyncio.get_running_loop()
+        while self.phase != "over" or seen < len(self.events):
+            if seen == len(self.events):
+                self.news.clear()
+                timer = loop.call_later(KEEP_ALIVE, self.news.set)
+                await self.news.wait()
+                timer.cancel()
+            events = self.events[seen : seen + CHUNK]
+            seen += len(events)
+            yield events
 
     # ---- its life
 
@@ -2150,55 +2010,43 @@ class Turn:
 
     async def _put_away(self, failure: BaseException | None) -> Row | None:
         """Leave nothing half-written: what was growing, tools that ran. Returns why it failed."""
-        status, error = ENDINGS.get(self.reason or "", "done"), None
-        if self.reason in REASONS:
-            error = reason_json(self.reason)
-        elif failure is not None and self.reason is None:
+        status = ENDINGS[self.reason]
+        error = reason_json(self.reason) if self.reason in REASONS else None
+        if failure is not None and self.reason is None:
             status = "blocked" if isinstance(failure, InputGuardrailTripwireTriggered) else "failed"
             error = await self._explain(failure)
-        store, user_id = self.chat.store, self.user_id
-        if self.reason == "deleted":
-            return error
         if self.draft is not None:
             await self.draft.close(status)
         if status != "done":
             unfinished = {row["id"] for row in self.calls.values()} | set(self.names.values())
-            for row in await patiently(store.end_messages, user_id, self.row_ids, status, error):
+            end = self.chat.store.end_messages
+            for row in await patiently(end, self.user_id, self.row_ids, status, error):
                 if row["id"] in unfinished:
                     self.show("thread.item.done", row)
         if self.reason == "cancelled" and (self.user_message or self.run):  # an action is no answer
             await self.add_row("system", content=STOPPED)
-        if self.agent_name != self.conversation["agent"]:
-            await store.update_conversation(user_id, self.conversation_id, agent=self.agent_name)
         return error
 
     async def _explain(self, failure: BaseException) -> Row:
         """What a failure means for the person, and for what was said before it."""
         self.chat.log_failure(f"thread {self.conversation_id}: the turn failed", failure)
-        error, message = explain(failure), self.user_message
-        item = message.get("item") or {}
+        error, item = explain(failure), self.user_message.get("item") or {}
         if error["code"] == "refused" and item.get("attachments"):
             error["message"] = "The model's provider refused the request, perhaps for the attached files."
-            item["unread"] = True  # so that the next message is not refused for them too
-            await self.chat.store.update_message(self.user_id, message["id"], item=item)
         if isinstance(failure, OutputGuardrailTripwireTriggered) and self.run is not None:
-            self.draft = None
             await self.remove_rows(self.run.final_rows)
         return error
 
     # ---- what it is for
 
-    def answer(self, user_message: Row, *, is_first: bool) -> None:
-        """Begin to have the agent answer a message; before an `is_first`, nothing can wait for the person."""
-        self.user_message, self.row_ids = user_message, [user_message["id"]]
-        self.take_choices(user_message)
-        self.start(functools.partial(speak, self, is_first=is_first))
-
-    def take_choices(self, user_message: Row | None) -> None:
-        """The model, and the tool or mode, that were chosen for a message."""
-        options = ((user_message or {}).get("item") or {}).get("inference_options") or {}
+    def answer(self, message: Row, *, is_first: bool = False, resume: tuple[Row, Row] | None = None) -> None:
+        """Have the agent answer a message, before which there is nothing where it `is_first`; or go on with
+        its answer, see speak()."""
+        self.user_message, self.is_first, self.row_ids = message, is_first, [message["id"]]
+        options = (message["item"] or {}).get("inference_options") or {}
         self.model = self.chat.models.choices.get(options.get("model") or "")
         self.context.tool_choice = (options.get("tool_choice") or {}).get("id")
+        self.start(functools.partial(speak, self, resume))
 
     async def keep_thread(self) -> None:
         """Store what a tool changed of the conversation, and tell the readers."""
@@ -2225,8 +2073,8 @@ class Turn:
 
         Raises LookupError where the conversation was deleted.
         """
-        add = self.chat.store.add_message
-        row = await patiently(add, self.user_id, self.conversation_id, role, **columns)
+        place = (self.user_id, self.conversation_id)
+        row = await patiently(self.chat.store.add_message, *place, role=role, **columns)
         if row is None:
             raise LookupError("the conversation was deleted")
         self.row_ids.append(row["id"])
@@ -2256,12 +2104,10 @@ class Turn:
         for row_id in removed:
             self.emit({"type": "thread.item.removed", "item_id": str(row_id)})
 
-    async def show_picture(self, url: str, row: Row | None = None, **columns: Any) -> None:
-        """A picture as an item, in a row that is there already or a new one."""
-        item = {"type": "generated_image"}
-        row = row or await self.add_row("item", item=item, input=[], status="streaming")
-        picture = {**item, "image": await self.image_json(row["id"], url)}
-        await self.change_row(row["id"], item=picture, status="done", **columns)
+    async def show_picture(self, row: Row, url: str, **columns: Any) -> None:
+        """The row's item becomes a picture."""
+        item = {"type": "generated_image", "image": await self.image_json(row["id"], url)}
+        await self.change_row(row["id"], item=item, status="done", **columns)
 
     async def image_json(self, row_id: int, url: str) -> Row:
         """No item and no event carries a picture's bytes: they become a file at a URL of ours."""
@@ -2295,186 +2141,17 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-# ===================================================================================================== Saying
-# What a turn says: texts that grow, and what tools, actions and generators stream.
-
-JSON_FENCE = "```json\n"
-
-
-def storable(text: str) -> str:
-    """Text without halves of characters, which nobody can encode."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-@dataclass(eq=False)
-class Draft:
-    """A message or a thought that still grows; Chat.save_soon() keeps the file at most SAVE_EVERY behind."""
-
-    turn: Turn
-    role: str
-    id: int
-    parts: list[str] = field(default_factory=list)
-    annotations: list[Row] = field(default_factory=list)
-    fenced: bool = False  # it is JSON, and stands in a code block
-    began: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    async def open(cls, turn: Turn, role: str, text: str) -> Draft:
-        """It begins with `text`. Its id is ours: most models give none."""
-        columns: Row = {"content": storable(text), "status": "streaming"}
-        columns |= {"item": thought_item(""), "input": []} if role == "item" else {}
-        row = await turn.add_row(role, "thread.item.added", **columns)
-        draft = cls(turn, role, row["id"])
-        if role == "assistant":
-            turn.last_message_id = draft.id
-            draft._tell("added", content=output_text(""))
-        draft.add(text)
-        return draft
-
-    @property
-    def text(self) -> str:
-        self.parts = ["".join(self.parts)]
-        return self.parts[0]
-
-    def add(self, delta: str) -> None:
-        """The hot path: once for each token."""
-        turn, delta = self.turn, storable(delta)
-        self.parts.append(delta)
-        if self not in turn.chat.unsaved:
-            turn.chat.save_soon(self)
-        if self.role == "assistant":
-            turn.emit({"type": "text", "content": delta, "message_id": self.id})
-        else:
-            turn.emit({"type": "thinking", "content": delta, "item_id": self.id})
-
-    def annotate(self, annotation: Row) -> None:
-        self._tell("annotation_added", annotation_index=len(self.annotations), annotation=annotation)
-        self.annotations.append(annotation)
-
-    def _tell(self, change: str, **parts: Any) -> None:
-        self.turn.update(self.id, f"assistant_message.content_part.{change}", content_index=0, **parts)
-
-    async def close(self, status: str = "done") -> None:
-        """The final row. Raises sqlite3.Error or StoreError."""
-        turn = self.turn
-        columns: Row = {"status": status}
-        if turn.draft is self:
-            turn.draft = None
-        if self.fenced:
-            columns["input"] = [{"role": "assistant", "content": self.text.removeprefix(JSON_FENCE)}]
-            self.add("\n```")
-        turn.chat.unsaved.discard(self)
-        if self.role == "item":
-            columns["item"] = thought_item(self.text, round(time.monotonic() - self.began))
-        else:
-            content = output_text(self.text, self.annotations)
-            self._tell("done", content=content)
-            if self.annotations:
-                columns["item"] = {"type": "assistant_message", "content": [content]}
-        await turn.change_row(self.id, content=self.text, **columns)
-
-
-async def say_more(turn: Turn, role: str, text: str) -> Draft:
-    """More of the message or the thought that is open, or else a new one."""
-    if turn.draft is not None and turn.draft.role == role:
-        turn.draft.add(text)
-    else:
-        await close_draft(turn)
-        turn.draft = await Draft.open(turn, role, text)
-    return turn.draft
-
-
-async def close_draft(turn: Turn) -> None:
-    if turn.draft is not None:
-        await turn.draft.close()
-
-
-async def say(turn: Turn, text: str, annotations: Sequence[Row] = ()) -> int:
-    """A whole assistant message, beside whatever the model says; its item id comes back."""
-    draft = await Draft.open(turn, "assistant", text)
-    for annotation in annotations:
-        draft.annotate(annotation)
-    await draft.close()
-    turn.shown = True
-    return draft.id
-
-
-# The text that an event from outside must have, by its type.
-TEXTS = {"text": "content", "thinking": "content", "notice": "message"}
-TEXTS |= {"progress_update": "text", "client_effect": "name"}
-NOTICES = ("info", "warning", "danger")
-
-
-async def take(turn: Turn, event: Event) -> None:
-    """An event from outside, ids made up there becoming those of rows. Raises ValueError for what is none."""
-    kind = event.get("type") if isinstance(event, dict) else None
-    if not isinstance(kind, str) or kind in ("thread", "tool_call", "tool_result", "done"):  # a forged answer
-        raise ValueError(f"an event of type {kind!r} cannot be streamed from outside")
-    text = event.get(TEXTS.get(kind, "type"))
-    if not isinstance(text, str) or (kind == "notice" and event.get("level") not in NOTICES):
-        raise ValueError(f"this is no event of type {kind!r}: {to_json(event)[:200]}")
-    if kind in ("text", "thinking"):
-        await say_more(turn, "assistant" if kind == "text" else "item", text)
-    elif kind in ITEM_EVENTS or kind == "item":
-        await close_draft(turn)
-        await _take_item(turn, "thread.item.done" if kind == "item" else kind, event["item"])
-    elif kind == "thread.item.removed":
-        await turn.context.remove(event["item_id"])
-    elif kind == "thread.item.updated":
-        item_id = str(event["item_id"])
-        turn.emit({**event, "item_id": str(turn.names.get(item_id, item_id))})
-    elif kind == "thread.updated":
-        thread, given = turn.context.thread, event["thread"]
-        thread.title = given.get("title") or thread.title
-        thread.status, thread.metadata = given["status"], given.get("metadata", {})
-        await turn.keep_thread()
-    elif kind == "progress":
-        await turn.context.progress(event.get("content", ""), event.get("icon"))
-    elif kind == "effect":
-        await turn.context.effect(event["name"], event.get("data"))
-    else:
-        turn.emit(event)
-
-
-# The roles of items that are streamed; all others have the role `item`.
-ITEM_ROLES = {"assistant_message": "assistant", "user_message": "user"}
-ITEM_ROLES |= {"hidden_context_item": "system", "sdk_hidden_context": "system"}
-
-
-async def _take_item(turn: Turn, change: str, given: Row) -> None:
-    """An item that begins to grow, is done, or was replaced: it gets a row, or changes the one it has."""
-    made_up = str(given.get("id") or secrets.token_hex(8))
-    item = {name: part for name, part in given.items() if name not in ("id", "thread_id", "created_at")}
-    role, text, known = ITEM_ROLES.get(item["type"], "item"), item_text(item), turn.names.get(made_up)
-    if role == "system":
-        await turn.context.hidden(str(item.get("content", "")))
-        return
-    if role == "assistant" and known is None and change == "thread.item.done":
-        notes = [note for part in item.get("content") or [] for note in part.get("annotations") or []]
-        turn.names[made_up] = await say(turn, text, notes)
-        return
-    if known is None and change == "thread.item.replaced":
-        known = (await turn.find_row(made_up))["id"]
-    turn.shown = True
-    final = "pending" if item.get("status") == "pending" else "done"
-    columns = {"content": text, "item": item, "status": "streaming" if change == ITEM_EVENTS[0] else final}
-    if known is None:
-        turn.names[made_up] = (await turn.add_row(role, change, **columns))["id"]
-    else:
-        await turn.change_row(known, change, **columns)
-
-
 # ================================================================================================== Answering
 # From the message to the agent's run: what the model is shown, and the SDK's items as they are kept.
 
 
-async def speak(turn: Turn, resume: tuple[Row, Row] | None = None, *, is_first: bool = False) -> None:
+async def speak(turn: Turn, resume: tuple[Row, Row] | None = None) -> None:
     """Have the agent answer what the conversation holds.
 
     Or go on where its tools waited for approval: `resume` is the run's state, and the item with the answers.
     """
     agents = turn.chat.agents
-    if resume is None and not is_first:  # what the person's side did not give is not waited for any more
+    if resume is None and not turn.is_first:  # what the person's side did not give is not waited for any more
         for row in await turn.chat.store.end_unfinished(turn.user_id, turn.conversation_id):
             turn.show("thread.item.replaced", row)
     turn.emit({"type": "thinking", "content": ""})
@@ -2497,17 +2174,17 @@ async def say_parts(turn: Turn, parts: AsyncGenerator[Any, None]) -> None:
         async for part in parts:
             if turn.reason:
                 return  # how it ended is still to be said
-            is_text = isinstance(part, str)
-            await (say_more(turn, "assistant", part) if is_text else turn.context.stream(part))
+            await (say_more(turn, "assistant", part) if isinstance(part, str) else turn.context.stream(part))
     await close_draft(turn)
 
 
 async def history(turn: Turn, hosted: bool) -> list[Row]:
     """What the model is shown of the conversation."""
     store, limit = turn.chat.store, turn.chat.settings.history_limit
-    rows = await store.history(turn.user_id, turn.conversation_id, limit + 1)
-    cut = len(rows) > limit
-    return model_input(await with_files(store, turn.user_id, rows[cut:]), cut, hosted)
+    rows = [turn.user_message]
+    if not turn.is_first:
+        rows = await store.history(turn.user_id, turn.conversation_id, limit)
+    return model_input(await with_files(store, turn.user_id, rows), hosted)
 
 
 async def resumed(turn: Turn, agent: Agent[Any], state: Row, item: Row) -> RunState[Any]:
@@ -2567,33 +2244,21 @@ def tool_text(output: Any, parts: Any) -> str:
 # provider's own tools do, from the model's raw events, which come in order; results and handoffs from the
 # runner's items.
 
-NOTHING = object()  # that a model said
-
 
 class Run(RunHooks[TurnContext]):
-    """One run of an agent within a turn, from a history or a state; it begins at once.
+    """One run of an agent within a turn, from a history or a state; it begins at once."""
 
-    The SDK starts a tool as soon as it can: the hooks make it wait until the call has been written down.
-    """
-
-    def __init__(self, turn: Turn, agent: Agent[Any], source: list[Row] | RunState[Any]) -> None:
+    def __init__(self, turn: Turn, agent: Agent[Any], source: Any) -> None:
         self.turn = turn
         self.agent = agent
-        self.result = Runner.run_streamed(
-            agent,
-            cast(Any, source),
-            context=turn.context,
-            max_turns=turn.chat.settings.max_steps,
-            hooks=self,
-            run_config=turn.chat.agents.run_config(turn.model, agent),
-        )
-        self.final_rows: list[int] = []  # messages of the model's last response
-        self._last: Any = NOTHING  # a tool's output after that, None where the model spoke or called since
-        self._announced: set[str] = set()  # ids of that response's calls
-        self._handoffs: list[str] = []  # ids of calls that hand over
-        self._hosted: dict[str, Row] = {}  # what the provider's own tools did, by item id and by call id
+        config, most = turn.chat.agents.run_configs[turn.model], turn.chat.settings.max_steps
+        told: Any = {"context": turn.context, "hooks": self, "max_turns": most, "run_config": config}
+        self.result = Runner.run_streamed(agent, source, **told)
+        self.final_rows: list[int] = []  # messages since the last result of a tool
+        self._itemized = False  # the model's response told of its items as they were done
         self._streamed = False  # the message that comes next was said in deltas
-        self._messages = 0  # that were shown, less those that the runner reported
+        self._handoffs: list[str] = []  # ids of calls that hand over
+        self._local: dict[str, Row] = {}  # calls that are like hosted ones, but have a result, by call id
         self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
         self._idle.set()
 
@@ -2622,30 +2287,6 @@ class Run(RunHooks[TurnContext]):
             await close_draft(turn)
             await self._conclude(run)
 
-    async def caught_up(self) -> None:
-        """Until all that the model said has been dealt with, so that what a tool shows comes after it."""
-        while not self._idle.is_set():
-            await self._idle.wait()
-
-    # ---- the SDK's hooks
-
-    async def on_llm_start(self, *_: Any) -> None:
-        await self.caught_up()
-        self._last = NOTHING
-        self.final_rows.clear()
-        self._announced.clear()
-
-    async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
-        await self.caught_up()
-        if call_id := getattr(context, "tool_call_id", None):
-            call = {"call_id": call_id, "name": context.tool_name, "arguments": context.tool_arguments}
-            await self.announce({"type": "function_call", **call})
-
-    async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
-        await self.turn.keep_thread()
-        if isinstance(result, (ClientTool, Questions)) or context.context.client_tool_call is not None:
-            self.result.cancel(mode="after_turn")
-
     # ---- from the model's raw events
 
     async def _say(self, text: str) -> None:
@@ -2656,8 +2297,7 @@ class Run(RunHooks[TurnContext]):
             is_json = self.result.current_agent.output_type not in (None, str)
             is_json = is_json and text.lstrip()[:1] in ("{", "[")
             draft = await say_more(self.turn, "assistant", JSON_FENCE + text if is_json else text)
-            draft.fenced, self._streamed, self._last = is_json, True, None
-            self._messages += 1
+            draft.fenced, self._streamed = is_json, True
             self.final_rows.append(draft.id)
 
     async def _take_raw(self, data: Any) -> None:
@@ -2666,6 +2306,7 @@ class Run(RunHooks[TurnContext]):
         if kind == "response.output_item.added" and is_hosted(data.item):
             await self._begin_hosted(data.item)
         elif kind == "response.output_item.done":
+            self._itemized = True
             await self._take_output(data.item)
         elif kind == "response.output_text.annotation.added" and turn.draft is not None:
             if annotation := annotation_json(data.annotation):
@@ -2680,44 +2321,42 @@ class Run(RunHooks[TurnContext]):
             row = turn.calls[data.item_id]
             image = await turn.image_json(row["id"], f"data:;base64,{data.partial_image_b64}")
             turn.update(row["id"], "generated_image.updated", image=image)
-        elif kind in ("response.completed", "response.incomplete"):
+        elif kind == "response.completed":
+            if not self._itemized:  # a model that streams nothing but its end
+                for item in data.response.output:
+                    await self._take_output(item)
+            self._itemized = False
             await close_draft(turn)
 
     async def _take_output(self, item: Any) -> None:
         """One item of the model's response is complete."""
-        turn, kind = self.turn, getattr(item, "type", "")
+        kind = getattr(item, "type", "")
         if kind == "message":
-            if not self._streamed:  # a model that streams no deltas
+            if not self._streamed:
                 parts = [getattr(part, "text", "") or getattr(part, "refusal", "") for part in item.content]
                 await self._say("".join(parts))
             self._streamed = False
-            await close_draft(turn)
-        elif kind == "reasoning" and turn.draft is not None and turn.draft.role == "item":
-            await close_draft(turn)
+            await close_draft(self.turn)
         elif kind == "function_call":
-            await self.announce(input_of(item))
-        elif is_hosted(item) and str(item.id) not in self._hosted:
+            await self._begin_call(input_of(item))
+        elif is_hosted(item):
             await self._end_hosted(item)
 
-    async def announce(self, call: Row) -> None:
-        """Write down and report a tool call, once. `call` is its input item.
+    async def _begin_call(self, call: Row) -> None:
+        """A tool call, as an input item.
 
         The calls of one response stay together in the first one's row, in front of all outputs: Gemini
         signs only the first of a response.
         """
-        turn, call_id = self.turn, call["call_id"]
-        if call_id in turn.calls or call_id in self._announced:
-            return
-        self._announced.add(call_id)
-        first = next((row for row in turn.calls.values() if row["input"]), None)
+        first = next((row for row in self.turn.calls.values() if row["input"]), None)
         if first is not None:
             first["input"].append(call)
-        told = {"id": call_id, "name": call["name"], "args": json_object(call["arguments"])}
-        await self._begin(call_id, tool_calls=[told], input=None if first else [call])
+        told = {"id": call["call_id"], "name": call["name"], "args": json_object(call["arguments"])}
+        await self._begin(call["call_id"], tool_calls=[told], input=None if first else [call])
 
     async def _begin(self, call_id: str, role: str = "tool", **columns: Any) -> Row:
         """What the model calls or makes gets a row, which turn.calls has until it is done."""
-        turn, self._last = self.turn, None
+        turn = self.turn
         await close_draft(turn)
         row = turn.calls[call_id] = await turn.add_row(role, status="streaming", **columns)
         for call in row["tool_calls"] or []:
@@ -2740,42 +2379,39 @@ class Run(RunHooks[TurnContext]):
             return await self._begin(call_id, "item", item={"type": "generated_image"}, input=[])
         told = {key: raw[key] for key in ("queries", "action", "code", "arguments") if raw.get(key)}
         call = {"id": call_id, "name": raw.get("name") or raw["type"].removesuffix("_call"), "args": told}
-        return await self._begin(call_id, tool_calls=[call], item=hosted_item(raw, "streaming"), input=[])
+        return await self._begin(call_id, tool_calls=[call], item=hosted_item(raw, "loading"), input=[])
 
     async def _end_hosted(self, item: Any) -> None:
         """It is done. What this program does for it, such as moving a mouse, has its output still to come."""
         turn, raw, item_id = self.turn, input_of(item), str(item.id)
         row = turn.calls.get(item_id) or await self._begin_hosted(item)
-        row["input"] = [raw]
-        self._hosted[item_id] = self._hosted[str(raw.get("call_id"))] = turn.calls.pop(item_id)
+        del turn.calls[item_id]
+        self._local[str(raw.get("call_id"))] = {**row, "input": [raw]}
         if raw["type"] == "image_generation_call":
             if item.result:
                 text = str(raw.get("revised_prompt") or "")
-                await turn.show_picture(f"data:;base64,{item.result}", row, content=text, input=[raw])
+                await turn.show_picture(row, f"data:;base64,{item.result}", content=text, input=[raw])
             return
         logs = [str(output["logs"]) for output in raw.get("outputs") or [] if output.get("logs")]
         text = "\n".join(filter(None, [*logs, str(raw.get("output") or "")]))
-        await self._end(row, text, item=hosted_item(raw, "done"), input=[raw])
+        await self._end(row, text, item=hosted_item(raw, "complete"), input=[raw])
 
     # ---- from the runner's items
 
     async def _take_item(self, name: str, item: Any) -> None:
-        if name == "message_output_created":
-            if self._messages <= 0:  # a model that streams nothing but its end
-                await self._take_output(item.raw_item)
-            self._messages -= 1
-        elif name in ("tool_called", "handoff_requested"):
-            await self._take_output(item.raw_item)
-            if name == "handoff_requested":
-                self._handoffs.append(item.raw_item.call_id)
+        if name == "handoff_requested":
+            self._handoffs.append(item.raw_item.call_id)
         elif name in ("tool_output", "handoff_occured"):  # the SDK's spelling
             result = input_of(item.to_input_item())
             await self._take_result(getattr(item, "output", result.get("output")), result)
 
     async def _take_agent(self, agent: Agent[Any]) -> None:
         """Another agent goes on. A handoff whose input filter dropped it is not reported otherwise."""
-        if agent.name != (self.turn.agent_name or self.agent.name):
-            self.turn.agent_name = agent.name
+        turn = self.turn
+        if agent.name != (turn.conversation["agent"] or self.agent.name):
+            turn.conversation["agent"] = agent.name
+            keep = turn.chat.store.update_conversation
+            await patiently(keep, turn.user_id, turn.conversation_id, agent=agent.name)
         text = to_json({"assistant": agent.name})
         for call_id in self._handoffs:
             answer = {"type": "function_call_output", "call_id": call_id, "output": text}
@@ -2784,24 +2420,27 @@ class Run(RunHooks[TurnContext]):
 
     async def _take_result(self, output: Any, result: Row) -> None:
         """A tool's result, `result` being its input item; or what is left to the person's side."""
-        turn, call_id, self._last = self.turn, str(result.get("call_id")), output
-        if hosted := self._hosted.get(call_id):  # a computer or a shell, called like the provider's own tools
-            await turn.change_row(hosted["id"], input=[*hosted["input"], result])
+        turn, call_id = self.turn, str(result.get("call_id"))
+        self.final_rows.clear()
+        await close_draft(turn)  # what the tool said is a message of its own
+        if local := self._local.get(call_id):
+            await turn.change_row(local["id"], input=[*local["input"], result])
         row = turn.calls.pop(call_id, None)
         if row is None:
             return
         if turn.context.client_tool_call is not None:
             asked, turn.context.client_tool_call = json_copy(turn.context.client_tool_call), None
             output = ClientTool(asked["name"], asked.get("arguments") or {})
-        calls = row["input"] or []
         if isinstance(output, (ClientTool, Questions)):
-            item, self._last = handed_over_item(row["tool_calls"][0], output), None
-            await turn.change_row(row["id"], role="item", status="pending", item=item, input=calls or None)
-            return
-        await self._end(row, storable(tool_text(output, result["output"])), input=[*calls, result])
+            item = pending_item(output, call_id)
+            waiting: Row = {"role": "item", "status": "pending", "item": item, "input": row["input"]}
+            return await turn.change_row(row["id"], **waiting)
+        text = storable(tool_text(output, result["output"]))
+        await self._end(row, text, input=[*(row["input"] or []), result])
         for part in result["output"] if isinstance(result["output"], list) else []:
             if part.get("type") == "input_image" and part.get("image_url"):
-                await turn.show_picture(part["image_url"])
+                columns: Row = {"item": {"type": "generated_image"}, "input": [], "status": "streaming"}
+                await turn.show_picture(await turn.add_row("item", **columns), part["image_url"])
 
     # ---- its end
 
@@ -2809,25 +2448,201 @@ class Run(RunHooks[TurnContext]):
         """A run may end without a message: for approvals, on a tool's output, or silently."""
         if run.interruptions:
             await self._ask_approval(run)
-        elif self._last is not None and not self.turn.shown:
+        elif not self.final_rows and not self.turn.shown:
+            if not any(item.type == "function_call" for item in run.raw_responses[-1].output):
+                raise Failure("empty")
             output = run.final_output or ""  # a tool's, which is the answer then
             text = output if isinstance(output, str) else code_block(tool_text(output, None), "json")
-            if text.strip():
+            if text.strip() and getattr(run.new_items[-1], "output", None) is not None:  # or it says "None"
                 await say(self.turn, text)
-            elif self._last is NOTHING:
-                raise EmptyAnswer
 
     async def _ask_approval(self, run: RunResultStreaming) -> None:
         """The turn ends here; what the person says goes on from the run's state, also after a restart."""
         turn, calls = self.turn, run.interruptions
         for row in turn.calls.values():
             await turn.change_row(row["id"], "thread.item.added", status="pending", input=row["input"])
-        turn.calls.clear()
-        asked = [{"id": c.call_id, "name": c.tool_name, "args": json_object(c.arguments)} for c in calls]
-        item = approval_item(asked)
-        text = "\n".join(question["question"] for question in item["inputs"])
+        asked = [approval_question(c.call_id, c.tool_name, json_object(c.arguments)) for c in calls]
+        text, item = "\n".join(each["question"] for each in asked), pending_item(Questions(asked))
         state = {"run_state": run.to_state().to_json(context_serializer=lambda context: {})}
         await turn.add_row("item", "thread.item.done", content=text, item=item, input=state, status="pending")
+
+    # ---- the SDK's hooks
+
+    async def on_tool_start(self, *_: Any) -> None:
+        """It waits until all that the model said has been dealt with: what a tool shows comes after that."""
+        while not self._idle.is_set():
+            await self._idle.wait()
+
+    async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
+        await self.turn.keep_thread()
+        if isinstance(result, (ClientTool, Questions)) or context.context.client_tool_call is not None:
+            self.result.cancel(mode="after_turn")
+
+
+# ===================================================================================================== Saying
+# What a turn says: texts that grow, and what tools, actions and generators stream.
+
+JSON_FENCE = "```json\n"
+
+
+async def say_more(turn: Turn, role: str, text: str) -> Draft:
+    """More of the message or the thought that is open, or else a new one."""
+    if turn.draft is not None and turn.draft.role == role:
+        turn.draft.add(text)
+    else:
+        await close_draft(turn)
+        turn.draft = await Draft.open(turn, role, text)
+    return turn.draft
+
+
+async def close_draft(turn: Turn) -> None:
+    if turn.draft is not None:
+        await turn.draft.close()
+
+
+async def say(turn: Turn, text: str, annotations: Sequence[Row] = ()) -> int:
+    """A whole assistant message, beside whatever the model says; its item id comes back."""
+    draft = await Draft.open(turn, "assistant", text)
+    for annotation in annotations:
+        draft.annotate(annotation)
+    await draft.close()
+    turn.shown = True
+    return draft.id
+
+
+def storable(text: str) -> str:
+    """Text without halves of characters, which nobody can encode."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+@dataclass(eq=False)
+class Draft:
+    """A message or a thought that still grows; the Chat keeps the file at most SAVE_EVERY behind."""
+
+    turn: Turn
+    role: str
+    id: int
+    parts: list[str] = field(default_factory=list)
+    annotations: list[Row] = field(default_factory=list)
+    fenced: bool = False  # it is JSON, and stands in a code block
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    async def open(cls, turn: Turn, role: str, text: str) -> Draft:
+        """It begins with `text`. Its id is ours: most models give none."""
+        columns: Row = {"content": storable(text), "status": "streaming"}
+        columns |= {"item": thought_item(""), "input": []} if role == "item" else {}
+        row = await turn.add_row(role, "thread.item.added", **columns)
+        draft = cls(turn, role, row["id"])
+        if role == "assistant":
+            turn.last_message_id = draft.id
+            draft._tell("added", content=output_text(""))
+        draft.add(text)
+        return draft
+
+    @property
+    def text(self) -> str:
+        self.parts = ["".join(self.parts)]
+        return self.parts[0]
+
+    def add(self, delta: str) -> None:
+        """The hot path: once for each token."""
+        turn, delta = self.turn, storable(delta)
+        self.parts.append(delta)
+        turn.chat.unsaved.add(self)
+        if self.role == "assistant":
+            turn.emit({"type": "text", "content": delta, "message_id": self.id})
+        else:
+            turn.emit({"type": "thinking", "content": delta, "draft": self})
+
+    def annotate(self, annotation: Row) -> None:
+        self._tell("annotation_added", annotation_index=len(self.annotations), annotation=annotation)
+        self.annotations.append(annotation)
+
+    def _tell(self, change: str, **parts: Any) -> None:
+        self.turn.update(self.id, f"assistant_message.content_part.{change}", content_index=0, **parts)
+
+    async def close(self, status: str = "done") -> None:
+        """The final row. Raises sqlite3.Error or StoreError."""
+        turn = self.turn
+        columns: Row = {"status": status}
+        if turn.draft is self:
+            turn.draft = None
+        if self.fenced:
+            columns["input"] = [{"role": "assistant", "content": self.text.removeprefix(JSON_FENCE)}]
+            self.add("\n```")
+        turn.chat.unsaved.discard(self)
+        if self.role == "item":
+            columns["item"] = thought_item(self.text, round(time.monotonic() - self.began))
+        else:
+            content = output_text(self.text, self.annotations)
+            self._tell("done", content=content)
+            if self.annotations:
+                columns["item"] = {"type": "assistant_message", "content": [content]}
+        await turn.change_row(self.id, content=self.text, **columns)
+
+
+# The text that an event from outside must have, by its type.
+TEXTS = {"text": "content", "thinking": "content", "notice": "message"}
+TEXTS |= {"progress_update": "text", "client_effect": "name"}
+NOTICES = ("info", "warning", "danger")
+
+
+async def take(turn: Turn, event: Event) -> None:
+    """An event from outside, ids made up there becoming those of rows. Raises ValueError for what is none."""
+    kind = event.get("type") if isinstance(event, dict) else None
+    if not isinstance(kind, str) or kind in ("thread", "tool_call", "tool_result", "done"):  # a forged answer
+        raise ValueError(f"an event of type {kind!r} cannot be streamed from outside")
+    text = event.get(TEXTS.get(kind, "type"))
+    if not isinstance(text, str) or (kind == "notice" and event.get("level") not in NOTICES):
+        raise ValueError(f"this is no event of type {kind!r}: {to_json(event)[:200]}")
+    if kind in ("text", "thinking"):
+        await say_more(turn, "assistant" if kind == "text" else "item", text)
+    elif kind in ITEM_EVENTS or kind == "item":
+        await close_draft(turn)
+        await _take_item(turn, "thread.item.done" if kind == "item" else kind, event["item"])
+    elif kind == "thread.item.removed":
+        await turn.context.remove(event["item_id"])
+    elif kind == "thread.item.updated":
+        item_id = str(event["item_id"])
+        turn.emit({**event, "item_id": str(turn.names.get(item_id, item_id))})
+    elif kind == "thread.updated":
+        thread, given = turn.context.thread, event["thread"]
+        thread.title = given.get("title") or thread.title
+        thread.status, thread.metadata = given["status"], given.get("metadata", {})
+        await turn.keep_thread()
+    elif kind == "progress":
+        await turn.context.progress(event.get("content", ""), event.get("icon"))
+    elif kind == "effect":
+        await turn.context.effect(event["name"], event.get("data"))
+    else:
+        turn.emit(event)
+
+
+# The roles of items that are streamed; all others have the role `item`.
+ITEM_ROLES = {"assistant_message": "assistant", "user_message": "user"}
+ITEM_ROLES |= {"hidden_context_item": "system", "sdk_hidden_context": "system"}
+
+
+async def _take_item(turn: Turn, change: str, given: Row) -> None:
+    """An item that begins to grow, is done, or was replaced: it gets a row, or changes the one it has."""
+    made_up = str(given.get("id") or secrets.token_hex(8))
+    item = {name: part for name, part in given.items() if name not in ("id", "thread_id", "created_at")}
+    role, text, known = ITEM_ROLES.get(item["type"], "item"), item_text(item), turn.names.get(made_up)
+    if role == "system":
+        return await turn.context.hidden(str(item.get("content", "")))
+    if role == "assistant" and known is None and change == "thread.item.done":
+        turn.names[made_up] = await say(turn, text, annotations_of(item))
+        return
+    if known is None and change == "thread.item.replaced":
+        known = (await turn.find_row(made_up))["id"]
+    turn.shown = True
+    final = "pending" if item.get("status") == "pending" else "done"
+    columns = {"content": text, "item": item, "status": "streaming" if change == ITEM_EVENTS[0] else final}
+    if known is None:
+        turn.names[made_up] = (await turn.add_row(role, change, **columns))["id"]
+    else:
+        await turn.change_row(known, change, **columns)
 
 
 # ===================================================================================================== Agents
@@ -2839,6 +2654,10 @@ Transcriber = Callable[[bytes, str], Awaitable[str]]  # audio and its media type
 ActionHandler = Callable[[TurnContext, Row, Row | None], Any]  # a coroutine, or an async generator
 FeedbackHandler = Callable[[TurnContext, list[Row], str], Awaitable[None]]
 
+# What OpenAI says of what its own tools did only if one asks for it.
+INCLUDED = {"web_search": "web_search_call.action.sources"}
+INCLUDED |= {"code_interpreter": "code_interpreter_call.outputs"}
+
 
 class Agents:
     """What an app was given as its agent; the to-do assistant where that is nothing."""
@@ -2849,7 +2668,6 @@ class Agents:
         self.generator: AnswerGenerator | None = source if inspect.isasyncgenfunction(source) else None
         self._source: Any = todo_agent() if source is None else source
         self.graph = agents_within(self._source) if isinstance(self._source, Agent) else []
-        self._run_configs: dict[tuple[str | None, bool], RunConfig] = {}
         self._servers = contextlib.AsyncExitStack()
         self._connected: set[MCPServer] = set()
         self._connecting = asyncio.Lock()
@@ -2857,6 +2675,18 @@ class Agents:
         for model in [*models.settings.models.values(), *used]:
             models.get_model(model)
         self.model_name = self.generator.__name__ if self.generator else models.name_of(used[0])
+        # By the model that a message asks for. Making one takes as long as all else before the model.
+        self.run_configs = {
+            model: RunConfig(
+                model=model,
+                model_provider=models,
+                model_settings=ModelSettings(include_usage=True),  # or chat completions say nothing of it
+                tracing_disabled=not models.settings.tracing,
+                tool_not_found_behavior="return_error_to_model",
+                tool_error_formatter=told_of_failure,
+            )
+            for model in (None, *models.choices.values())
+        }
 
     def tools(self) -> dict[str, str]:
         """What a message may choose, and what it does: the tools of all agents that there are."""
@@ -2878,16 +2708,20 @@ class Agents:
                     log.warning("The agent goes without the MCP server %r: %s", server.name, error)
         foreign = self.models.default != get_default_model()
         for agent in graph:
+            included: Any = [INCLUDED[tool.name] for tool in agent.tools if tool.name in INCLUDED]
             if foreign and agent.model is None and agent.model_settings == get_default_model_settings():
                 agent.model_settings = ModelSettings()  # the SDK's are OpenAI's, and others refuse them
+            if included and agent.model_settings.response_include is None:
+                agent.model_settings = replace(agent.model_settings, response_include=included)
             agent.mcp_servers = [server for server in agent.mcp_servers if server in self._connected]
             for tool in agent.tools:
-                if isinstance(tool, FunctionTool) and not isinstance(tool.on_invoke_tool, Contained):
-                    tool.on_invoke_tool = Contained(tool.name, tool.on_invoke_tool)
+                invoke = getattr(tool, "on_invoke_tool", None)
+                if isinstance(tool, FunctionTool) and getattr(invoke, "func", None) is not contained:
+                    tool.on_invoke_tool = functools.partial(contained, tool.name, tool.on_invoke_tool)
 
     async def agent_for(self, turn: Turn, *, first: bool = False) -> Agent[Any]:
         """Who answers in this turn: the agent that had the last word, or the `first` of the graph."""
-        graph, choice = self.graph, turn.context.tool_choice
+        graph, choice, last = self.graph, turn.context.tool_choice, turn.conversation["agent"]
         if not graph:
             made = self._source(turn.context)
             made = await made if inspect.isawaitable(made) else made
@@ -2895,54 +2729,30 @@ class Agents:
                 raise TypeError(f"the function that makes the agent returned a {type(made).__name__}")
             graph = agents_within(made)
             await self.prepare(graph)
-        agent = next((each for each in graph if each.name == turn.agent_name and not first), graph[0])
+        agent = next((each for each in graph if each.name == last and not first), graph[0])
         if choice in [tool.name for tool in agent.tools]:
             agent = agent.clone(model_settings=replace(agent.model_settings, tool_choice=choice))
         return agent
 
-    def run_config(self, model: str | None, agent: Agent[Any]) -> RunConfig:
-        """What the SDK is told of a run. Kept: making one takes as long as all else before the model."""
-        hosted = not {"web_search", "code_interpreter"}.isdisjoint(tool.name for tool in agent.tools)
-        if (model, hosted) not in self._run_configs:
-            sources: Any = ["web_search_call.action.sources", "code_interpreter_call.outputs"]
-            # Usage is zero from chat completions unless one asks for it.
-            told = ModelSettings(include_usage=True, response_include=sources if hosted else None)
-            self._run_configs[model, hosted] = RunConfig(
-                model=model,
-                model_provider=self.models,
-                model_settings=told,
-                tracing_disabled=not self.models.settings.tracing,
-                tool_not_found_behavior="return_error_to_model",
-                tool_error_formatter=told_of_failure,
-            )
-        return self._run_configs[model, hosted]
-
 
 def told_of_failure(args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
     """What the model, and so perhaps the person, is told of a tool that raised: not the error's text."""
-    if args.kind != "tool_exception":
-        return None
+    if args.error is None:
+        return None  # the SDK's own words
     if isinstance(args.error, ModelBehaviorError):
         return to_json({"error": f"These arguments do not fit the parameters of {args.tool_name}."})
-    if args.error is not None:
-        turn = args.run_context.context.turn
-        turn.chat.log_failure(f"thread {turn.conversation_id}: the tool {args.tool_name} failed", args.error)
+    turn = args.run_context.context.turn
+    turn.chat.log_failure(f"thread {turn.conversation_id}: the tool {args.tool_name} failed", args.error)
     return to_json({"error": f"The tool {args.tool_name} failed."})
 
 
-@dataclass
-class Contained:
+async def contained(name: str, invoke: Callable[..., Awaitable[Any]], *args: Any) -> Any:
     """A tool that exits must not take the server along: asyncio lets such exceptions through."""
-
-    name: str
-    invoke: Callable[..., Awaitable[Any]]
-
-    async def __call__(self, *args: Any) -> Any:
-        try:
-            return await self.invoke(*args)
-        except (SystemExit, KeyboardInterrupt) as error:
-            log.error("the tool %s wanted to end the process: %r", self.name, error)
-            return to_json({"error": f"The tool {self.name} failed."})
+    try:
+        return await invoke(*args)
+    except (SystemExit, KeyboardInterrupt) as error:
+        log.error("the tool %s wanted to end the process: %r", name, error)
+        return to_json({"error": f"The tool {name} failed."})
 
 
 def can_answer(source: Any) -> bool:
@@ -3021,6 +2831,50 @@ class Caller:
     request_context: Row = field(default_factory=dict)  # {"headers", "metadata"}
 
 
+MAX_BODY = 1024 * 1024  # bytes of JSON, but for recordings
+
+
+class Call(Request):
+    """A request with what serves it, and a body within limits."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request.scope, request.receive)
+        self.chat, self.caller = cast(Chat, self.app.state.chat), cast(Caller, self.state.caller)
+        self.store, self.user_id = self.chat.store, self.caller.user_id
+        host, root = self.headers.get("host", ""), self.scope.get("root_path", "")
+        self.base = f"{self.scope['scheme']}://{host}{root}"  # the app's own URL
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Raises Refused for what is longer than any file or recording may be."""
+        total, limit = 0, self.chat.settings.max_attachment_bytes * 4 // 3 + MAX_BODY  # in base64
+        async for chunk in super().stream():
+            total += len(chunk)
+            if total > limit:
+                raise Refused(413, f"The request is larger than {limit:,} bytes")
+            yield chunk
+
+    async def json(self) -> Any:
+        """Raises Refused for what cannot be stored: half characters, NaN, endless depth, no JSON at all."""
+        body = await self.body()
+        try:
+            value = json_copy(from_json(body))
+            if not isinstance(value, dict):
+                raise ValueError("an object is expected")
+        except ValueError as error:
+            raise Refused(400, f"Invalid JSON: {error}") from None
+        self.state.operation = value.get("type")
+        if len(body) > MAX_BODY and self.state.operation != "input.transcribe":
+            raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
+        return value
+
+    async def shown(self, rows: list[Row]) -> list[Row]:
+        """Rows as thread items, images with their bytes where the component could not load them from here."""
+        if not self.base.startswith("https:"):
+            rows = await with_files(self.store, self.user_id, rows, "image/")
+        seen = (as_shown(row, self.chat.settings.show_tools) for row in rows)
+        return [thread_item(row, self.base) for row in seen if row]
+
+
 def row_id(what: str) -> BeforeValidator:
     """Of a parameter: what cannot be an id is not found."""
     return BeforeValidator(lambda value: found(as_row_id(value), what), json_schema_input_type=str)
@@ -3063,13 +2917,6 @@ class UserMessage(BaseModel):
     attachments: list[str] = []  # ids of uploaded files
     quoted_text: str | None = None
     inference_options: InferenceOptions = InferenceOptions()
-
-    @classmethod
-    def of(
-        cls, text: str, files: Sequence[str] = (), model: str | None = None, tool: str | None = None
-    ) -> UserMessage:
-        options = InferenceOptions(model=model, tool_choice=ToolChoice(id=tool) if tool else None)
-        return cls(content=[TextPart(text=text)], attachments=list(files), inference_options=options)
 
     @property
     def text(self) -> str:
@@ -3134,6 +2981,8 @@ def redact(text: str, secret_values: list[str]) -> str:
 # ======================================================================================================= Chat
 # What one app holds: its store, its agents, the turns that are running. Beginning turns, and stopping them.
 
+Take = Callable[..., Awaitable[None]]  # keeps what is given to a turn, and starts it: see take_message()
+
 
 class Chat:
     """One app's state. It opens when it is first needed, and closes with the event loop at the latest: so it
@@ -3157,9 +3006,7 @@ class Chat:
         self.turns: set[Turn] = set()  # those that are running
         self.answering: dict[int, Turn] = self.store.answering  # those in which an agent speaks
         self.unsaved: set[Draft] = set()  # those with text that is not in the file
-        self._saving: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._ending = asyncio.Event()  # the keeper is to close everything
         self._opening = asyncio.Lock()
 
     # ---- opening and closing
@@ -3179,9 +3026,9 @@ class Chat:
             stack.push_async_callback(self.models.close)
             stack.push_async_callback(self.agents.close)
             await self.agents.prepare(self.agents.graph)
-            stack.callback(lambda: self._saving and self._saving.cancel())
+            stack.callback(asyncio.create_task(self._save_texts()).cancel)
             stack.push_async_callback(self.stop_turns, ending)
-            self._ending = asyncio.Event()
+            self._ending = asyncio.Event()  # which has the keeper close everything
             self._keeper = asyncio.create_task(self._keep(stack.pop_all()))
             await asyncio.sleep(0)  # a task that is cancelled before it began would close nothing
 
@@ -3214,18 +3061,16 @@ class Chat:
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
         log.error("%s", redact(text, self.settings.secrets))
 
-    def save_soon(self, draft: Draft) -> None:
-        """Save a draft's text within SAVE_EVERY, all drafts at once: a hop for each is costly."""
-        self.unsaved.add(draft)
-        if self._saving is None or self._saving.done():
-            self._saving = asyncio.create_task(self._save_drafts())
-
-    async def _save_drafts(self) -> None:
-        while self.unsaved:
+    async def _save_texts(self) -> None:
+        """Save what grew, all drafts at once: a hop for each is costly."""
+        while True:
             await asyncio.sleep(SAVE_EVERY)
+            if not self.unsaved:
+                continue
             drafts, self.unsaved = self.unsaved, set()
+            texts = [(draft.text, draft.id, draft.turn.user_id) for draft in drafts]
             try:  # what a turn saves at its end stands in line behind this
-                await self.store.save_texts([(draft.text, draft.id, draft.turn.user_id) for draft in drafts])
+                await self.store.save_texts(texts)
             except (sqlite3.Error, StoreError) as error:
                 log.warning("saving %d answers so far failed: %s", len(drafts), error)
                 self.unsaved |= {draft for draft in drafts if draft.turn.phase == "working"}
@@ -3258,158 +3103,49 @@ class Chat:
         turn.stop("cancelled")
         await turn.wait()
 
-    # ---- beginning a turn: in the block of _beginning() it is prepared, and started
+    # ---- beginning a turn
 
-    @contextlib.asynccontextmanager
-    async def _beginning(
-        self, caller: Caller, conversation_id: int | None, *, speaks: bool = True
-    ) -> AsyncIterator[Turn]:
-        """A place for a turn, in a conversation or in one that the block makes; given up if that raises."""
-        conversation = None
+    async def begin(self, caller: Caller, conversation_id: int | None, take: Take, *given: Any) -> Turn:
+        """A turn in a conversation, or in one that is still to be made, for what is `given`.
+
+        That is in the file when this returns. Raises Refused, sqlite3.Error, StoreError.
+        """
+        turn, running = Turn(self, caller), self.answering.get(conversation_id or 0)
+        speaks = take is not take_action  # which may come while an answer is being written
+        if speaks and running is not None and running.reason:  # stopped: the next may come at once
+            await running.wait()
         if conversation_id is not None:
             conversation = await self.conversation(caller.user_id, conversation_id)
             status, reason = conversation["status"], conversation["status_reason"]
             if status != "active":
                 raise Refused(409, f"The conversation is {status}{f': {reason}' if reason else ''}")
-            running = self.answering.get(conversation_id)
-            if speaks and running is not None and running.reason:  # stopped: the next may come at once
-                await running.wait()
+            turn.enter(conversation)
         if len(self.turns) >= self.settings.max_concurrent_turns:
             raise Refused(503, "The server is busy. Try again in a moment.", retry_after=5)
         mine = sum(turn.user_id == caller.user_id for turn in self.turns)
         if caller.by_token and mine >= self.settings.max_turns_per_user:
             raise Refused(429, "Too many answers are being written for you at once.", retry_after=5)
-        turn = Turn(self, caller)
         self.turns.add(turn)
         try:
-            if conversation is not None:
-                (self.enter if speaks else Turn.enter)(turn, conversation)
-            yield turn
+            if speaks and turn.conversation:
+                self.claim(turn)
+            await take(turn, *given)
         except BaseException:
             self.forget(turn)
             raise
+        return turn
 
-    def enter(self, turn: Turn, conversation: Row) -> None:
-        """An agent is going to speak in this conversation, the only one at a time. Raises Refused."""
-        if self.answering.setdefault(conversation["id"], turn) is not turn:
+    def claim(self, turn: Turn) -> None:
+        """An agent is going to speak in the turn's conversation, the only one at a time. Raises Refused."""
+        if self.answering.setdefault(turn.conversation_id, turn) is not turn:
             raise Refused(409, "The conversation is being answered already")
-        if not turn.conversation:
-            turn.enter(conversation)
 
     def forget(self, turn: Turn) -> None:
         self.turns.discard(turn)
         if self.answering.get(turn.conversation_id) is turn:
             del self.answering[turn.conversation_id]
 
-    async def begin_message(
-        self, caller: Caller, message: UserMessage, conversation_id: int | None = None
-    ) -> Turn:
-        """Keep a message, in a new conversation where none is named, and have it answered.
-
-        It is in the file when this returns. Raises Refused, sqlite3.Error, StoreError.
-        """
-        check_message(self, message)
-        title = " ".join(message.text.split()) or "(attachment)"
-        title = title if len(title) <= 50 else title[:50] + "..."
-        files = list(dict.fromkeys(message.attachments))
-        columns = {"content": message.text, "item": message.item}
-        async with self._beginning(caller, conversation_id) as turn:
-            try:
-                add = self.store.add_user_message(turn.user_id, conversation_id, title, columns, files)
-                conversation, row = await add
-            except LookupError as error:
-                raise Refused(404, str(error), by_doing="Attachment" in str(error)) from None
-            self.enter(turn, conversation)
-            turn.answer(row, is_first=conversation_id is None)
-        return turn
-
-    async def begin_retry(
-        self, caller: Caller, conversation_id: int, message_id: int | None = None, text: str | None = None
-    ) -> Turn:
-        """Answer a user's message anew, the last one if none is named, with `text` in other words. What came
-        after it goes."""
-        place, store, words = (caller.user_id, conversation_id), self.store, Row()
-        async with self._beginning(caller, conversation_id) as turn:
-            row = await (store.message(*place, message_id) if message_id else store.last_user_message(*place))
-            row = found(row, "Message")
-            if row["role"] != "user":
-                raise Refused(400, "Only a user's message can be answered again")
-            if text is not None:
-                item = {name: part for name, part in (row["item"] or {}).items() if name != "content"}
-                files = [file["id"] for file in item.get("attachments") or []]
-                check_message(self, UserMessage.of(text, files))
-                words = {"content": text, "item": item or None}
-            row = await store.rewind(*place, row["id"], words)
-            turn.answer(found(row, "Message"), is_first=True)
-        return turn
-
-    async def begin_tool_output(
-        self, caller: Caller, conversation_id: int, result: Any, call_id: str | None = None
-    ) -> Turn:
-        """Complete the pending client tool call, the last one if none is named, and let the agent go on."""
-        async with self._beginning(caller, conversation_id) as turn:
-            for row in reversed(await self.store.pending_messages(turn.user_id, conversation_id)):
-                item = row["item"] or {}
-                if item.get("type") == "client_tool_call" and call_id in (None, item["call_id"]):
-                    await self._go_on(turn, row, item | filled(status="completed", output=result), result)
-                    return turn
-            raise Refused(409, "No client tool call is pending")
-
-    async def begin_answers(self, caller: Caller, conversation_id: int, item_id: int, given: Answers) -> Turn:
-        """Keep the answers to pending questions, or that they were skipped, and let the agent go on."""
-        async with self._beginning(caller, conversation_id) as turn:
-            row = found(await self.store.message(turn.user_id, conversation_id, item_id), "Item")
-            if (row["item"] or {}).get("type") != "structured_input":
-                raise Refused(400, "This item asks nothing")
-            if row["status"] != "pending":
-                raise Refused(409, "This was answered already")
-            item = answered_item(row["item"], **given.model_dump(include={"status", "answers"}))
-            await self._go_on(turn, row, item, answers_told(item))
-        return turn
-
-    async def _go_on(self, turn: Turn, row: Row, item: Row, result: Any) -> None:
-        """What the person's side gave becomes the call's result, and the agent takes its next step with it.
-        What a tool streamed has no call; an approval has the state of a run, from which that goes on."""
-        text, resume = result if isinstance(result, str) else to_json(result), None
-        columns: Row = {"content": text, "item": item, "status": "done"}
-        for call in row["tool_calls"] or []:
-            output = {"type": "function_call_output", "call_id": call["id"], "output": text}
-            columns["input"] = [*(row["input"] or []), output]
-            turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": result})
-        if isinstance(row["input"], dict):
-            columns["input"], resume = [], (row["input"]["run_state"], item)
-        changed = found(await self.store.update_message(turn.user_id, row["id"], **columns), "Conversation")
-        # What was chosen for the message goes on.
-        turn.take_choices(await self.store.last_user_message(turn.user_id, turn.conversation_id))
-        if item["type"] == "structured_input":  # the component knows itself what it gave a client tool
-            turn.show("thread.item.replaced", changed)
-        turn.start(functools.partial(speak, turn, resume))
-
-    # ---- actions, feedback, dictation
-
-    async def begin_action(
-        self, caller: Caller, conversation_id: int, item_id: int | None, action: Action
-    ) -> Turn:
-        """Have the app deal with a click in a widget, also while an answer is written."""
-        async with self._beginning(caller, conversation_id, speaks=False) as turn:
-            handler, item = self.on_action, None
-            if handler is None:
-                raise Refused(400, "There is no on_action here: give create_app() one", by_doing=True)
-            if item_id is not None:
-                row = await self.store.message(turn.user_id, conversation_id, item_id)
-                item = thread_item(found(row, "Item"), "")
-                if item["type"] != "widget":
-                    raise Refused(400, "This item is not a widget")
-
-            async def work() -> None:
-                handled = handler(turn.context, action.model_dump(), item)
-                try:
-                    await (say_parts(turn, handled) if hasattr(handled, "__aiter__") else handled)
-                except (ValueError, LookupError) as error:
-                    raise Refused(400, "The action was refused") from error
-
-            turn.start(work)
-        return turn
+    # ---- feedback, dictation
 
     async def rate(self, caller: Caller, conversation_id: int, item_ids: list[int], kind: str) -> None:
         """Keep a thumb up or down, and tell the app's handler. Ids that are not here are of lost answers."""
@@ -3431,6 +3167,103 @@ class Chat:
             self.log_failure("dictation failed", said)
             raise Refused(502, explain(said)["message"])
         return said
+
+
+# ---- what begins a turn: each raises Refused
+
+
+async def take_message(turn: Turn, message: UserMessage) -> None:
+    """Keep a message, in a new conversation where the turn is in none, and have it answered."""
+    check_message(turn.chat, message)
+    title = " ".join(message.text.split()) or "(attachment)"
+    title = title if len(title) <= 50 else title[:50] + "..."
+    columns, files = {"content": message.text, "item": message.item}, list(dict.fromkeys(message.attachments))
+    is_first, place = not turn.conversation, (turn.user_id, turn.conversation_id or None)
+    try:
+        conversation, row = await turn.chat.store.add_user_message(*place, title, columns, files)
+    except LookupError as error:
+        raise Refused(404, str(error), by_doing=True) from None
+    if is_first:
+        turn.enter(conversation)
+        turn.chat.claim(turn)
+    turn.answer(row, is_first=is_first)
+
+
+async def take_retry(turn: Turn, message_id: int | None = None, text: str | None = None) -> None:
+    """Answer a user's message anew, the last one if none is named, with `text` in other words. What came
+    after it goes."""
+    place, store = (turn.user_id, turn.conversation_id), turn.chat.store
+    row = await (store.message(*place, message_id) if message_id else store.last_user_message(*place))
+    row = found(row, "Message")
+    if row["role"] != "user":
+        raise Refused(400, "Only a user's message can be answered again")
+    if text is not None:
+        item = {name: part for name, part in (row["item"] or {}).items() if name != "content"}
+        files = [file["id"] for file in item.get("attachments") or []]
+        check_message(turn.chat, UserMessage(content=[TextPart(text=text)], attachments=files))
+        row |= {"content": text, "item": item or None}
+    turn.answer(found(await store.rewind(*place, row), "Message"))
+
+
+async def take_tool_output(turn: Turn, result: Any, call_id: str | None = None) -> None:
+    """Complete the pending client tool call, the last one if none is named, and let the agent go on."""
+    for row in reversed(await turn.chat.store.pending_messages(turn.user_id, turn.conversation_id)):
+        item = row["item"] or {}
+        if item.get("type") == "client_tool_call" and call_id in (None, item["call_id"]):
+            return await _go_on(turn, row, item | filled(status="completed", output=result), result)
+    raise Refused(409, "No client tool call is pending")
+
+
+async def take_answers(turn: Turn, item_id: int, given: Answers) -> None:
+    """Keep the answers to pending questions, or that they were skipped, and let the agent go on."""
+    row = found(await turn.chat.store.message(turn.user_id, turn.conversation_id, item_id), "Item")
+    if (row["item"] or {}).get("type") != "structured_input":
+        raise Refused(400, "This item asks nothing")
+    if row["status"] != "pending":
+        raise Refused(409, "This was answered already")
+    item = answered_item(row["item"], **given.model_dump(include={"status", "answers"}))
+    told = [{"question": question["question"], **question["answer"]} for question in item["inputs"]]
+    await _go_on(turn, row, item, told)
+
+
+async def _go_on(turn: Turn, row: Row, item: Row, result: Any) -> None:
+    """What the person's side gave becomes the call's result, and the agent takes its next step with it.
+    What a tool streamed has no call; an approval has the state of a run, from which that goes on."""
+    text, resume = result if isinstance(result, str) else to_json(result), None
+    columns: Row = {"content": text, "item": item, "status": "done"}
+    for call in row["tool_calls"] or []:
+        output = {"type": "function_call_output", "call_id": call["id"], "output": text}
+        columns["input"] = [*(row["input"] or []), output]
+        turn.emit({"type": "tool_result", "id": call["id"], "name": call["name"], "result": result})
+    if isinstance(row["input"], dict):
+        columns["input"], resume = [], (row["input"]["run_state"], item)
+    store = turn.chat.store
+    message = found(await store.last_user_message(turn.user_id, turn.conversation_id), "Message")
+    changed = found(await store.update_message(turn.user_id, row["id"], **columns), "Conversation")
+    if item["type"] == "structured_input":  # the component knows itself what it gave a client tool
+        turn.show("thread.item.replaced", changed)
+    turn.answer(message, resume=resume)
+
+
+async def take_action(turn: Turn, item_id: int | None, action: Action) -> None:
+    """Have the app deal with a click in a widget."""
+    handler, item = turn.chat.on_action, None
+    if handler is None:
+        raise Refused(400, "There is no on_action here: give create_app() one", by_doing=True)
+    if item_id is not None:
+        row = await turn.chat.store.message(turn.user_id, turn.conversation_id, item_id)
+        item = thread_item(found(row, "Item"), "")
+        if item["type"] != "widget":
+            raise Refused(400, "This item is not a widget")
+
+    async def work() -> None:
+        handled = handler(turn.context, action.model_dump(), item)
+        try:
+            await (say_parts(turn, handled) if hasattr(handled, "__aiter__") else handled)
+        except (ValueError, LookupError) as error:
+            raise Refused(400, "The action was refused") from error
+
+    turn.start(work)
 
 
 # ============================================================================================== Plain dialect
@@ -3475,8 +3308,9 @@ PLAIN_FORM: dict[str, Callable[[Event], Event | None]] = {
 
 def plain_encoder(turn: Turn, base: str, last_event_id: str | None = None) -> Encoder:
     """A turn as the plain dialect has it, without the frames up to `last_event_id`."""
-    known = re.fullmatch(turn.id + "-([0-9]{1,9})", last_event_id or "")
-    seen = int(known[1]) if known and int(known[1]) <= len(turn.events) else 0
+    turn_id, _, last = (last_event_id or "").partition("-")
+    known = (as_row_id(last) or 0) if turn_id == turn.id else 0
+    seen = known if known <= len(turn.events) else 0
     number, show_tools = 0, turn.chat.settings.show_tools
 
     def encode(events: list[Event]) -> bytes:
@@ -3522,11 +3356,10 @@ async def stream_agent(
     chat = Chat(settings or Settings.from_env(), agent, store=store)
     await chat.open(ending="cancelled")
     try:
-        turn, seen = await chat.begin_message(Caller(user_id), UserMessage.of(message), conversation_id), 0
-        while turn.phase != "over" or seen < len(turn.events):
-            await turn.wait_beyond(seen)
-            for event in turn.events[seen:]:
-                seen += 1
+        given = UserMessage(content=[TextPart(text=message)])
+        turn = await chat.begin(Caller(user_id), conversation_id, take_message, given)
+        async for events in turn.follow():
+            for event in events:
                 if shown := plain_event(event, "", chat.settings.show_tools):
                     yield shown
     finally:
@@ -3539,38 +3372,6 @@ async def stream_agent(
 
 DEFAULT_PAGE, MOST_THREADS, MOST_ITEMS = 20, 10_000, 1000
 FileName = Annotated[str, Field(min_length=1, max_length=255)]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request of the protocol: what its operation needs beside its parameters."""
-
-    chat: Chat
-    caller: Caller
-    base: str  # the app's own URL
-
-    async def items(self, rows: list[Row]) -> list[Row]:
-        """Rows as thread items, images with their bytes where the component could not load them from here."""
-        if not self.base.startswith("https:"):
-            rows = await with_files(self.chat.store, self.caller.user_id, rows, "image/")
-        shown = (as_shown(row, self.chat.settings.show_tools) for row in rows)
-        return [thread_item(row, self.base) for row in shown if row]
-
-    async def answer(self, given: Any) -> Response:
-        """Do what was asked, a body of one of OPERATIONS."""
-        self.caller.request_context["metadata"] = given.metadata
-        operation, params = OPERATIONS[given.type], dict(given.params)
-        if not operation.streams:
-            return JSONResponse(await operation.run(self, **params))
-        turn: Turn = await operation.run(self.chat, self.caller, *params.values())
-        first: list[Event] = []
-        if given.type == "threads.create":
-            first.append({"type": "thread.created", "thread": thread_json(turn.conversation)})
-        if given.type in ("threads.create", "threads.add_user_message"):  # which tells it the message's id
-            [item] = await self.items([turn.user_message])
-            first.append({"type": "thread.item.done", "item": item})
-        stop_on_leave = self.chat.settings.on_disconnect == "cancel"
-        return event_stream(turn, chatkit_encoder(turn, self.base, first), stop_on_leave)
 
 
 class Operation(NamedTuple):
@@ -3587,7 +3388,7 @@ OPERATIONS: dict[str, Operation] = {}
 def operation(name: str, **given: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of a Call, whose other parameters are the operation's.
 
-    Or, where their types are `given`, a method of Chat that begins a turn, and takes them in this order.
+    Or, where their types are `given`, a function that begins a turn, and takes them in this order.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -3597,24 +3398,39 @@ def operation(name: str, **given: Any) -> Callable[[Callable[..., Any]], Callabl
         title = re.sub("[._]", "", name.title())
         params: Any = create_model(title + "Params", **fields)
         body: Any = {"type": Literal[name], "params": (params, Field({}, validate_default=True))}
-        about = cast(str, run.__doc__).split("\n\n")[0]
-        model = create_model(title, __doc__=about, **body, metadata=(dict[str, Any], {}))
+        model = create_model(title, __doc__=run.__doc__, **body, metadata=(Row, {}))
         OPERATIONS[name] = Operation(run, model, streams=bool(given))
         return run
 
     return register
 
 
-operation("threads.create", input=UserMessage)(Chat.begin_message)
-operation("threads.add_user_message", input=UserMessage, thread_id=ThreadId)(Chat.begin_message)
-operation("threads.retry_after_item", thread_id=ThreadId, item_id=ItemId)(Chat.begin_retry)
-operation("threads.add_client_tool_output", thread_id=ThreadId, result=(Any, None))(Chat.begin_tool_output)
-operation("threads.add_structured_input", thread_id=ThreadId, item_id=ItemId, input=Answers)(
-    Chat.begin_answers
-)
+operation("threads.create", input=UserMessage)(take_message)
+operation("threads.add_user_message", input=UserMessage, thread_id=ThreadId)(take_message)
+operation("threads.retry_after_item", thread_id=ThreadId, item_id=ItemId)(take_retry)
+operation("threads.add_client_tool_output", thread_id=ThreadId, result=(Any, None))(take_tool_output)
+operation("threads.add_structured_input", thread_id=ThreadId, item_id=ItemId, input=Answers)(take_answers)
 operation("threads.custom_action", thread_id=ThreadId, item_id=(ItemId | None, None), action=Action)(
-    Chat.begin_action
+    take_action
 )
+
+
+async def operate(call: Call, given: Any) -> Response:
+    """Do what was asked, a body of one of OPERATIONS."""
+    call.caller.request_context["metadata"] = given.metadata
+    operation, params = OPERATIONS[given.type], dict(given.params)
+    if not operation.streams:
+        return JSONResponse(await operation.run(call, **params))
+    thread_id = params.pop("thread_id", None)
+    turn = await call.chat.begin(call.caller, thread_id, operation.run, *params.values())
+    first: list[Event] = []
+    if given.type == "threads.create":
+        first.append({"type": "thread.created", "thread": thread_json(turn.conversation)})
+    if operation.run is take_message:  # the component does not know its id
+        [item] = await call.shown([turn.user_message])
+        first.append({"type": "thread.item.done", "item": item})
+    stop_on_leave = call.chat.settings.on_disconnect == "cancel"
+    return event_stream(turn, chatkit_encoder(turn, call.base, first), stop_on_leave)
 
 
 @operation("threads.sync_custom_action")
@@ -3622,13 +3438,13 @@ async def sync_custom_action(
     call: Call, thread_id: ThreadId, action: Action, item_id: ItemId | None = None
 ) -> Row:
     """Have the action handler deal with a click; what comes back is the widget as it is afterwards."""
-    turn = await call.chat.begin_action(call.caller, thread_id, item_id, action)
+    turn = await call.chat.begin(call.caller, thread_id, take_action, item_id, action)
     await turn.wait()
     for event in turn.events:
         if event["type"] == "error":
             raise Refused(400 if event["code"] == "refused" else 500, event["message"])
-    row = await call.chat.store.message(call.caller.user_id, thread_id, item_id) if item_id else None
-    return {"updated_item": (await call.items([row]))[0]} if row else {}
+    row = await call.store.message(call.user_id, thread_id, item_id) if item_id else None
+    return {"updated_item": (await call.shown([row]))[0]} if row else {}
 
 
 @operation("threads.list")
@@ -3636,30 +3452,30 @@ async def list_threads(
     call: Call, limit: Limit = None, order: Order = "desc", after: ThreadId | None = None
 ) -> Row:
     """A page of threads, without their items."""
-    chat, user_id, most = call.chat, call.caller.user_id, min(limit or DEFAULT_PAGE, MOST_THREADS)
+    most = min(limit or DEFAULT_PAGE, MOST_THREADS)
     if after is not None:
-        await chat.conversation(user_id, after)
-    rows = await chat.store.conversation_page(user_id, most + 1, order, after)
+        await call.chat.conversation(call.user_id, after)
+    rows = await call.store.conversation_page(call.user_id, most + 1, order, after)
     return page_json([thread_json(row) for row in rows], most)
 
 
 @operation("threads.get_by_id")
 async def get_thread(call: Call, thread_id: ThreadId) -> Row:
     """A thread with its oldest items; the component asks for the rest."""
-    conversation = await call.chat.conversation(call.caller.user_id, thread_id)
+    conversation = await call.chat.conversation(call.user_id, thread_id)
     return thread_json(conversation, await list_items(call, thread_id, order="asc"))
 
 
 @operation("threads.update")
 async def rename_thread(call: Call, thread_id: ThreadId, title: Title) -> Row:
     """A thread gets another title."""
-    return thread_json(await call.chat.change_conversation(call.caller.user_id, thread_id, title=title))
+    return thread_json(await call.chat.change_conversation(call.user_id, thread_id, title=title))
 
 
 @operation("threads.delete")
 async def delete_thread(call: Call, thread_id: ThreadId) -> Row:
     """A thread goes, with all that is in it."""
-    await call.chat.delete_conversation(call.caller.user_id, thread_id)
+    await call.chat.delete_conversation(call.user_id, thread_id)
     return {}
 
 
@@ -3668,13 +3484,13 @@ async def list_items(
     call: Call, thread_id: ThreadId, limit: Limit = None, order: Order = "desc", after: ItemId | None = None
 ) -> Row:
     """A page of a thread's items."""
-    chat, user_id, most = call.chat, call.caller.user_id, min(limit or DEFAULT_PAGE, MOST_ITEMS)
-    await chat.conversation(user_id, thread_id)
+    most, place = min(limit or DEFAULT_PAGE, MOST_ITEMS), (call.user_id, thread_id)
+    await call.chat.conversation(*place)
     if after is not None:
-        found(await chat.store.message(user_id, thread_id, after), "Item")
-    hide = "tool" if chat.settings.show_tools == "none" else "system"
-    rows = await chat.store.message_page(user_id, thread_id, most + 1, order, after, hide)
-    return page_json(await call.items(rows), most)
+        found(await call.store.message(*place, after), "Item")
+    hide = "tool" if call.chat.settings.show_tools == "none" else "system"
+    rows = await call.store.message_page(*place, most + 1, order, after, hide)
+    return page_json(await call.shown(rows), most)
 
 
 @operation("items.feedback")
@@ -3682,8 +3498,7 @@ async def give_feedback(
     call: Call, thread_id: ThreadId, item_ids: list[str], kind: Literal["positive", "negative"]
 ) -> Row:
     """Thumbs up or down. Ids that are not ours are those of answers that never came."""
-    known = list(filter(None, map(as_row_id, item_ids)))
-    await call.chat.rate(call.caller, thread_id, known, kind)
+    await call.chat.rate(call.caller, thread_id, [*filter(None, map(as_row_id, item_ids))], kind)
     return {}
 
 
@@ -3691,14 +3506,14 @@ async def give_feedback(
 async def create_attachment(call: Call, name: FileName, size: NonNegativeInt, mime_type: str) -> Row:
     """Announce a file; its bytes go to the URL that comes back."""
     mime_type = check_file(call.chat.settings, mime_type, size)
-    file = await call.chat.store.add_attachment(call.caller.user_id, name, mime_type, size)
+    file = await call.store.add_attachment(call.user_id, name, mime_type, size)
     return attachment_json(file, call.base, upload=True)
 
 
 @operation("attachments.delete")
 async def delete_attachment(call: Call, attachment_id: str) -> Row:
     """A file that was not sent goes."""
-    if not await call.chat.store.delete_attachment(call.caller.user_id, attachment_id):
+    if not await call.store.delete_attachment(call.user_id, attachment_id):
         raise Refused(404, "Attachment not found, or sent already")
     return {}
 
@@ -3723,7 +3538,7 @@ def thread_json(conversation: Row, items: Row | None = None) -> Row:
 def page_json(data: list[Row], most: int) -> Row:
     """A page of at most so many: what there is beyond is only to know that there is more."""
     more = len(data) > most
-    return {"data": data[:most], "has_more": more, **({"after": data[most - 1]["id"]} if more else {})}
+    return filled(data=data[:most], has_more=more, after=data[most - 1]["id"] if more else None)
 
 
 def chatkit_event(event: Event, base: str, show_tools: str) -> Event | None:
@@ -3735,6 +3550,8 @@ def chatkit_event(event: Event, base: str, show_tools: str) -> Event | None:
         if item and kind == "thread.item.added" and item["type"] == "assistant_message":
             item["content"] = []
         return {"type": kind, "item": item} if item else None
+    if kind == "thread.item.updated":
+        return {**event, "update": with_urls(event["update"], base)}
     if kind == "tool_call" and show_tools != "none":
         return {"type": "progress_update", "text": f"Running {event['name']}"}
     if kind == "error":
@@ -3747,16 +3564,16 @@ def chatkit_event(event: Event, base: str, show_tools: str) -> Event | None:
 
 
 def error_json(message: str | None, allow_retry: bool) -> Row:
-    told = {"code": "custom", "message": message} if message else {"code": "stream.error"}
-    return {"type": "error", **told, "allow_retry": allow_retry}
+    code = "custom" if message else "stream.error"
+    return filled(type="error", code=code, message=message, allow_retry=allow_retry)
 
 
 def chatkit_encoder(turn: Turn, base: str, first: list[Event]) -> Encoder:
     """A turn as the protocol has it, with `first` in front of its events."""
-    show_tools, thoughts = turn.chat.settings.show_tools, dict[int, str]()  # as told so far, by row
+    show_tools, begun = turn.chat.settings.show_tools, set[Draft]()  # thoughts
 
     def encode(events: list[Event]) -> bytes:
-        frames, thought = [], ""
+        frames = []
         for event, following in itertools.pairwise([*events, {}]):
             if event["type"] == "text":  # the hot path
                 frames.append(
@@ -3768,14 +3585,14 @@ def chatkit_encoder(turn: Turn, base: str, first: list[Event]) -> Encoder:
             shown = [chatkit_event(event, base, show_tools)]
             if event["type"] == "thread":
                 shown = [*first, *shown]
-            elif event["type"] == "thinking" and "item_id" in event:
-                row_id, thought = event["item_id"], thought + event["content"]
-                if following.get("item_id") != row_id:  # each tells all, so the last of these will do
-                    change = "updated" if row_id in thoughts else "added"
-                    thoughts[row_id], thought = thoughts.get(row_id, "") + thought, ""
-                    task = thought_item(thoughts[row_id])["workflow"]["tasks"][0]
+            elif event["type"] == "thinking" and "draft" in event:
+                draft: Draft = event["draft"]
+                if draft.text and following.get("draft") is not draft:  # each tells all: the last will do
+                    change = "updated" if draft in begun else "added"
+                    task = thought_item(draft.text)["workflow"]["tasks"][0]
                     update = {"type": f"workflow.task.{change}", "task_index": 0, "task": task}
-                    shown = [{"type": "thread.item.updated", "item_id": str(row_id), "update": update}]
+                    shown = [{"type": "thread.item.updated", "item_id": str(draft.id), "update": update}]
+                    begun.add(draft)
             frames += [f"data: {to_json(each)}\n\n" for each in shown if each]
         return "".join(frames).encode()
 
@@ -3796,7 +3613,6 @@ def check_file(settings: Settings, mime_type: str, size: int = 0) -> str:
 # Origins, tokens, and what a body may be.
 
 LOOPBACK = re.compile(r"(.+\.)?localhost\.?|(::ffff:)?127(\.\d{1,3}){3}|::1", re.IGNORECASE)  # this machine
-MAX_BODY = 1024 * 1024  # bytes of JSON, but for recordings
 
 
 class GuardedRoute(APIRoute):
@@ -3806,49 +3622,23 @@ class GuardedRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Any]:
-        handle, is_attachment = super().get_route_handler(), self.path.startswith("/attachments")
+        handle, path = super().get_route_handler(), self.path
+        kind = "multipart/form-data" if path.startswith("/attachments") else "application/json"
 
         async def guarded(request: Request) -> Response:
-            chat: Chat = request.app.state.chat
-            check_origin(request, chat.settings)
-            keyed = "{attachment_id}" in self.path and "key" in request.query_params  # which the route checks
-            anybody = keyed or self.path in ("/", "/component", "/health")
-            request.state.caller = Caller("") if anybody else await caller_of(request, chat.settings)
-            kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-            wanted = "multipart/form-data" if is_attachment else "application/json"
+            settings = request.app.state.chat.settings
+            check_origin(request, settings)
+            keyed = "{attachment_id}" in path and "key" in request.query_params  # which the route checks
+            anybody = keyed or path in ("/", "/component", "/health")
+            request.state.caller = Caller("") if anybody else await caller_of(request, settings)
             length = request.headers.get("content-length", request.headers.get("transfer-encoding", "0"))
-            if self.body_field and length != "0" and kind != wanted:
-                raise Refused(415, f"The content type must be {wanted}")
-            await chat.open()
-            return await handle(BoundedRequest(request.scope, request.receive))
+            given = request.headers.get("content-type", "").split(";")[0].strip().lower()
+            if self.body_field and length != "0" and given != kind:
+                raise Refused(415, f"The content type must be {kind}")
+            await request.app.state.chat.open()
+            return await handle(Call(request))
 
         return guarded
-
-
-class BoundedRequest(Request):
-    """A request whose body is refused while it is read where no file or recording may be so long."""
-
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        total, limit = 0, self.app.state.chat.settings.max_attachment_bytes * 4 // 3 + MAX_BODY  # in base64
-        async for chunk in super().stream():
-            total += len(chunk)
-            if total > limit:
-                raise Refused(413, f"The request is larger than {limit:,} bytes")
-            yield chunk
-
-    async def json(self) -> Any:
-        """Raises Refused for what cannot be stored: half characters, NaN, endless depth, no JSON at all."""
-        body = await self.body()
-        try:
-            value = json_copy(from_json(body))
-            if not isinstance(value, dict):
-                raise ValueError("an object is expected")
-        except ValueError as error:
-            raise Refused(400, f"Invalid JSON: {error}") from None
-        self.state.operation = value.get("type")
-        if len(body) > MAX_BODY and self.state.operation != "input.transcribe":
-            raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
-        return value
 
 
 def check_origin(request: Request, settings: Settings) -> None:
@@ -3863,8 +3653,8 @@ def check_origin(request: Request, settings: Settings) -> None:
             raise Refused(403, "Without CHATKIT_JWT_SECRET this server answers on loopback only")
         if not LOOPBACK.fullmatch(re.sub(r"(:\d*)?$", "", host).strip("[]")):
             raise Refused(403, "The Host is not a name of this machine")
-    changes = request.method not in ("GET", "HEAD", "OPTIONS")
-    if changes and foreign_origin(request.headers, settings.cors_origins) is not None:
+    foreign = foreign_origin(request.headers, settings.cors_origins)
+    if foreign is not None and request.method not in ("GET", "HEAD"):
         raise Refused(403, "Requests from this origin are not allowed: see CHATKIT_CORS_ORIGINS")
 
 
@@ -3883,71 +3673,64 @@ async def caller_of(request: Request, settings: Settings) -> Caller:
     if not settings.needs_token:
         return caller
     given = ",".join(request.headers.getlist("authorization"))
-    bearer = re.fullmatch(r"bearer +(\S{1,8192})", given.strip(), re.IGNORECASE)
+    bearer = re.fullmatch(r"\s*bearer +(\S{1,8192})\s*", given, re.IGNORECASE)
     if bearer is None:
         raise Refused(401, "A bearer token is required")
-    user_of = request.app.state.user_of
-    user_id = await asyncio.to_thread(user_of, bearer[1]) if settings.jwks_url else user_of(bearer[1])
+    whose = functools.partial(user_of, bearer[1], settings, request.app.state.public_keys)
+    user_id = await asyncio.to_thread(whose) if settings.jwks_url else whose()
     return replace(caller, user_id=user_id, by_token=True)
 
 
-def token_reader(settings: Settings) -> Callable[[str], str]:
-    """A function that says whom a JSON Web Token (RFC 7519) names, and raises Refused (401, 503)."""
-    import jwt  # here, because without tokens nobody waits for it
+class PublicKeys(jwt.PyJWKClient):
+    """The keys at CHATKIT_JWKS_URL (RFC 7517). While it does not answer, the known ones go on to count."""
 
-    class PublicKeys(jwt.PyJWKClient):
-        """The keys at a JWKS URL (RFC 7517). While it does not answer, the known ones go on to count."""
+    known: Any = None
 
-        known: Any = None
-
-        def fetch_data(self) -> Any:
-            try:
-                self.known = super().fetch_data()
-            except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OSError) as error:
-                log.warning("the keys at CHATKIT_JWKS_URL cannot be fetched: %s", error)
-                if self.known is None:
-                    raise Refused(503, "Tokens cannot be checked right now", retry_after=10) from None
-            return self.known  # for five minutes
-
-    # An unknown key has it ask again, but not for each that somebody makes up.
-    keys = PublicKeys(settings.jwks_url, timeout=5, cooldown_duration=10) if settings.jwks_url else None
-
-    def user_of(token: str) -> str:
-        # The header chooses between the secret and the public keys, and each serves its own algorithms alone:
-        # a public key taken for a secret would let anybody sign.
+    def fetch_data(self) -> Any:
         try:
-            algorithm = str(jwt.get_unverified_header(token).get("alg"))
-            key: Any = settings.jwt_secret if algorithm == "HS256" else None
-            if keys is not None and algorithm in ("EdDSA", "ES256", "RS256"):
-                key = keys.get_signing_key_from_jwt(token).key
-            if key is None:
-                raise jwt.InvalidKeyError
-            audience, issuer = settings.jwt_audience, settings.jwt_issuer
-            options: Any = {"require": ["exp"], "verify_aud": audience is not None}
-            claims = jwt.decode(token, key, [algorithm], options, audience=audience, issuer=issuer)
-        except jwt.ExpiredSignatureError:
-            raise Refused(401, "The token has expired") from None
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
-            log.debug("a token was rejected: %s", type(error).__name__)
-            raise Refused(401, "The token is not valid") from None
-        user_id = claims.get("sub", claims.get("id"))
-        if not isinstance(user_id, str) or not 0 < len(user_id.strip()) < 256 or user_id != storable(user_id):
-            raise Refused(401, "The token names no user")
-        return user_id
+            self.known = super().fetch_data()
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OSError) as error:
+            log.warning("the keys at CHATKIT_JWKS_URL cannot be fetched: %s", error)
+            if self.known is None:
+                raise Refused(503, "Tokens cannot be checked right now", retry_after=10) from None
+        return self.known  # for five minutes
 
-    return user_of
+
+def user_of(token: str, settings: Settings, public_keys: PublicKeys | None) -> str:
+    """Whom a JSON Web Token (RFC 7519) names. Raises Refused (401, 503).
+
+    Its header chooses between the secret and the public keys, and each serves its own algorithms alone: a
+    public key taken for a secret would let anybody sign.
+    """
+    try:
+        key: Any = None
+        algorithm: Any = jwt.get_unverified_header(token).get("alg")
+        if algorithm == "HS256":
+            key = settings.jwt_secret
+        elif public_keys is not None and algorithm in ("EdDSA", "ES256", "RS256"):
+            key = public_keys.get_signing_key_from_jwt(token)
+        if key is None:
+            raise jwt.InvalidKeyError
+        audience, issuer = settings.jwt_audience, settings.jwt_issuer
+        options: Any = {"require": ["exp"], "verify_aud": audience is not None}
+        claims = jwt.decode(token, key, [algorithm], options, audience=audience, issuer=issuer)
+    except jwt.ExpiredSignatureError:
+        raise Refused(401, "The token has expired") from None
+    except (jwt.PyJWTError, ValueError, TypeError) as error:
+        log.debug("a token was rejected: %s", type(error).__name__)
+        raise Refused(401, "The token is not valid") from None
+    user_id = claims.get("sub", claims.get("id"))
+    if not isinstance(user_id, str) or not 0 < len(user_id.strip()) < 256 or user_id != storable(user_id):
+        raise Refused(401, "The token names no user")
+    return user_id
 
 
 def make_token(settings: Settings, user_id: str) -> str:
     """A signed token for a user that is good for a day. Raises SettingsError without a secret."""
-    import jwt
-
     if not settings.jwt_secret or not user_id.strip():
         raise SettingsError("Set CHATKIT_JWT_SECRET, which signs tokens, and name a user.")
-    claims = {"sub": user_id, "exp": int(time.time()) + 24 * 3600}
-    more = {"aud": settings.jwt_audience, "iss": settings.jwt_issuer}
-    claims |= {name: value for name, value in more.items() if value}
-    return jwt.encode(claims, settings.jwt_secret, algorithm="HS256")
+    claims = filled(sub=user_id, aud=settings.jwt_audience, iss=settings.jwt_issuer)
+    return jwt.encode({**claims, "exp": int(time.time()) + 24 * 3600}, settings.jwt_secret)
 
 
 # ===================================================================================================== Bodies
@@ -3999,6 +3782,9 @@ class ConversationOut(BaseModel):
     metadata: Row
 
 
+OrAbsent = Annotated[Row | None, Field(exclude_if=lambda value: value is None)]
+
+
 class MessageOut(BaseModel):
     id: int
     role: Literal["user", "assistant", "tool", "item"]
@@ -4007,8 +3793,8 @@ class MessageOut(BaseModel):
     status: Literal["streaming", "pending", "done", "cancelled", "failed", "interrupted", "blocked"]
     feedback: Literal["positive", "negative"] | None
     created_at: str
-    item: Row | None = None
-    error: Row | None = None
+    item: OrAbsent
+    error: OrAbsent
 
 
 class TranscriptOut(ConversationOut):
@@ -4027,16 +3813,14 @@ class ConfigOut(BaseModel):
 
 
 TaskOut: Any = create_model("TaskOut", id=int, title=str, done=bool)
-FileKind = Literal["file", "image"]
-AttachmentOut: Any = create_model(
-    "AttachmentOut", id=str, type=FileKind, name=str, mime_type=str, preview_url=(str | None, None)
+FileOut: Any = create_model(
+    "FileOut", id=str, type=Literal["file", "image"], name=str, mime_type=str, preview_url=(str | None, None)
 )
 
-# What each refused request gets; `message` in the ChatKit dialect only. "4XX" keeps out FastAPI's own 422.
+# What a refused request gets; `message` in the ChatKit dialect only. "4XX" keeps out FastAPI's own 422.
 Problem = create_model("Problem", detail=str, message=(str | None, None))
 STATUSES = ("4XX", 400, 401, 403, 404, 409, 413, 415, 429, 500, 501, 502, 503)
 PROBLEMS: Any = {status: {"model": Problem} for status in STATUSES}
-
 
 # What a route answers where no model describes it.
 A_FILE: Any = {200: {"content": {"text/markdown": {}}}}
@@ -4074,43 +3858,24 @@ ChatKitBody: Any = Annotated[
 # ======================================================================================================= HTTP
 # A turn as a stream, and the routes.
 
-KEEP_ALIVE = 15.0  # seconds of silence after which a comment keeps proxies from closing a stream
 COALESCE = 0.008  # seconds between two chunks of flowing text: nobody sees it, a hundred streams feel it
 COALESCE_EACH = 0.00025  # or this for each stream that runs, if it is more: a tenth of the CPU at 200 streams
-CHUNK = 1000  # events in one chunk: a reader that stopped reading keeps one in memory, not the whole answer
 
 
 def event_stream(turn: Turn, encode: Encoder, stop_on_leave: bool = False) -> Response:
     """A turn as server-sent events, until it ends or the reader leaves.
 
-    A reader that takes all its time holds up nobody: the generator waits for it, and the turn goes on.
+    A slow reader holds up nobody: the generator waits for it, and the turn goes on.
     """
 
     async def chunks() -> AsyncGenerator[bytes, None]:
-        loop, seen, sent, flowing = asyncio.get_running_loop(), 0, 0.0, False
-        timer: asyncio.Handle  # one for many waits
-
-        def beat() -> None:
-            nonlocal timer
-            timer = loop.call_later(KEEP_ALIVE, beat)
-            turn.news.set()
-
-        timer = loop.call_later(KEEP_ALIVE, beat)
         try:
-            while turn.phase != "over" or seen < len(turn.events):
-                if seen == len(turn.events):
-                    await turn.wait_beyond(seen)
-                pause = sent + max(COALESCE, COALESCE_EACH * len(turn.chat.turns)) - loop.time()
-                if flowing and pause > 0 and turn.phase != "over":
-                    await asyncio.sleep(pause)
-                events = turn.events[seen : seen + CHUNK]
-                seen += len(events)
-                flowing = bool(events) and events[-1]["type"] == "text"
+            async for events in turn.follow():
                 yield encode(events) if events else b": keep-alive\n\n"
-                sent = loop.time()
+                if events and events[-1]["type"] == "text" and turn.phase != "over":
+                    await asyncio.sleep(max(COALESCE, COALESCE_EACH * len(turn.chat.turns)))
         finally:
-            timer.cancel()
-            if turn.phase != "over" and stop_on_leave:
+            if stop_on_leave:
                 turn.stop("cancelled")
 
     headers = {"X-Thread-Id": str(turn.conversation_id), "Cache-Control": "no-cache"}
@@ -4121,151 +3886,150 @@ def event_stream(turn: Turn, encode: Encoder, stop_on_leave: bool = False) -> Re
 # ---- the routes
 
 
-async def call_of(request: Request) -> Call:
-    base = f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}"
-    return Call(request.app.state.chat, request.state.caller, base)
-
-
-This = Annotated[Call, Depends(call_of)]
 router = APIRouter(route_class=GuardedRoute, responses=PROBLEMS)
 todo_router = APIRouter(route_class=GuardedRoute, responses=PROBLEMS)  # where the built-in assistant answers
 CONVERSATION = "/api/conversations/{conversation_id}"
 STREAM: Any = {"responses": A_STREAM, "response_class": Response}
-FILE: Any = {"response_model": AttachmentOut, "response_model_exclude_unset": True}
+FILE: Any = {"response_model": FileOut, "response_model_exclude_unset": True}
 
 
-def plain_stream(call: Call, turn: Turn, last_event_id: str | None = None) -> Response:
-    return event_stream(turn, plain_encoder(turn, call.base, last_event_id))
+async def plain_stream(call: Call, conversation_id: int | None, take: Take, *given: Any) -> Response:
+    turn = await call.chat.begin(call.caller, conversation_id, take, *given)
+    return event_stream(turn, plain_encoder(turn, call.base))
 
 
 @router.post("/chatkit", responses=A_STREAM, response_model=Row)
-async def post_chatkit(call: This, body: ChatKitBody) -> Response:
+async def post_chatkit(call: Call, body: ChatKitBody) -> Response:
     """Answer a message in the plain dialect, or one request of the ChatKit protocol, which has a `type`."""
     if not isinstance(body, PlainMessage):
-        return await call.answer(body)
-    message = UserMessage.of(body.message, body.attachments, body.model, body.tool_choice)
-    return plain_stream(call, await call.chat.begin_message(call.caller, message, body.thread_id))
+        return await operate(call, body)
+    tool = ToolChoice(id=body.tool_choice) if body.tool_choice else None
+    message = UserMessage(
+        content=[TextPart(text=body.message)],
+        attachments=body.attachments,
+        inference_options=InferenceOptions(model=body.model, tool_choice=tool),
+    )
+    return await plain_stream(call, body.thread_id, take_message, message)
 
 
 @router.get(CONVERSATION + "/stream", responses={**A_STREAM, 204: {}}, response_class=Response)
 async def get_stream(
-    conversation_id: ThreadId, call: This, last_event_id: Annotated[str | None, Header()] = None
+    conversation_id: ThreadId, call: Call, last_event_id: Annotated[str | None, Header()] = None
 ) -> Response:
     """Join the running answer, from its start or after Last-Event-ID; 204 where none runs."""
-    await call.chat.conversation(call.caller.user_id, conversation_id)
+    await call.chat.conversation(call.user_id, conversation_id)
     turn = call.chat.answering.get(conversation_id)
-    return plain_stream(call, turn, last_event_id) if turn else Response(status_code=204)
+    if turn is None:
+        return Response(status_code=204)
+    return event_stream(turn, plain_encoder(turn, call.base, last_event_id))
 
 
 @router.post(CONVERSATION + "/cancel")
-async def post_cancel(conversation_id: ThreadId, call: This) -> dict[str, str]:
+async def post_cancel(conversation_id: ThreadId, call: Call) -> dict[str, str]:
     """Stop the running answer; what was said so far is kept. 409 where none runs."""
-    await call.chat.cancel(call.caller.user_id, conversation_id)
+    await call.chat.cancel(call.user_id, conversation_id)
     return {"status": "cancelled"}
 
 
 @router.post(CONVERSATION + "/retry", **STREAM)
 async def post_retry(
     conversation_id: ThreadId,
-    call: This,
+    call: Call,
     message_id: InBody[ItemId | None] = None,
     message: InBody[str | None] = None,
 ) -> Response:
     """Answer a user's message anew, the last one if none is named, with other words if given. All that came
     after it goes."""
-    return plain_stream(call, await call.chat.begin_retry(call.caller, conversation_id, message_id, message))
+    return await plain_stream(call, conversation_id, take_retry, message_id, message)
 
 
 @router.post(CONVERSATION + "/tool_output", **STREAM)
 async def post_tool_output(
-    conversation_id: ThreadId, call: This, result: InBody[Any], id: InBody[str | None] = None
+    conversation_id: ThreadId, call: Call, result: InBody[Any], id: InBody[str | None] = None
 ) -> Response:
     """Give the pending client tool call its result; the agent goes on."""
-    return plain_stream(call, await call.chat.begin_tool_output(call.caller, conversation_id, result, id))
+    return await plain_stream(call, conversation_id, take_tool_output, result, id)
 
 
 @router.post(CONVERSATION + "/answers", **STREAM)
-async def post_answers(conversation_id: ThreadId, call: This, body: AnswersTo) -> Response:
+async def post_answers(conversation_id: ThreadId, call: Call, body: AnswersTo) -> Response:
     """Answer pending questions, approvals among them, or skip them; the agent goes on."""
-    return plain_stream(call, await call.chat.begin_answers(call.caller, conversation_id, body.item_id, body))
+    return await plain_stream(call, conversation_id, take_answers, body.item_id, body)
 
 
 @router.get("/api/conversations", response_model=list[ConversationOut])
 async def get_conversations(
-    call: This,
+    call: Call,
     limit: Annotated[int, Query(ge=1)] = 50,
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
     q: Annotated[str, Query(max_length=200)] = "",
 ) -> list[Row]:
     """The caller's, the most recent first, at most 100; with `q`, those in which all its words occur."""
-    store, user_id = call.chat.store, call.caller.user_id
-    if q.strip():
-        return await store.search_conversations(user_id, q, min(limit, 100), offset)
-    return await store.conversations(user_id, min(limit, 100), offset)
+    return await call.store.search_conversations(call.user_id, q, min(limit, 100), offset)
 
 
 @router.get("/api/conversations/recent/first", response_model=ConversationOut | None)
-async def get_most_recent(call: This) -> Row | None:
+async def get_most_recent(call: Call) -> Row | None:
     """The most recent conversation, or null."""
-    return next(iter(await call.chat.store.conversations(call.caller.user_id, 1)), None)
+    return next(iter(await call.store.conversations(call.user_id, 1)), None)
 
 
-@router.get(CONVERSATION, response_model=TranscriptOut, response_model_exclude_unset=True, responses=A_FILE)
+@router.get(CONVERSATION, response_model=TranscriptOut, responses=A_FILE)
 async def get_conversation(
-    conversation_id: ThreadId, call: This, format: Literal["json", "markdown"] = "json"
+    conversation_id: ThreadId, call: Call, format: Literal["json", "markdown"] = "json"
 ) -> Row | Response:
     """A conversation with all its messages, as JSON or as a Markdown file."""
-    conversation = await call.chat.conversation(call.caller.user_id, conversation_id)
-    page = await call.chat.store.message_page(call.caller.user_id, conversation_id)
+    conversation = await call.chat.conversation(call.user_id, conversation_id)
+    page = await call.store.message_page(call.user_id, conversation_id, LAST, "asc", None)
     rows = [shown for row in page if (shown := as_shown(row, call.chat.settings.show_tools))]
     if format == "json":
-        return {**conversation, "messages": [plain_message(row, call.base) for row in rows]}
+        messages = [{**row, "item": row["item"] and thread_item(row, call.base)} for row in rows]
+        return {**conversation, "messages": messages}
     headers = as_download(conversation["title"][:60] + ".md")
     return Response(markdown(conversation["title"], rows), media_type="text/markdown", headers=headers)
 
 
 @router.patch(CONVERSATION, response_model=ConversationOut)
-async def patch_conversation(conversation_id: ThreadId, call: This, body: ConversationChange) -> Row:
+async def patch_conversation(conversation_id: ThreadId, call: Call, body: ConversationChange) -> Row:
     """Rename a conversation, lock, close or reopen it, or give it metadata."""
     changes = body.model_dump(exclude_none=True)
     if not changes.keys() - {"status_reason"}:
         raise Refused(400, "Give a title, a status, or metadata")
-    return await call.chat.change_conversation(call.caller.user_id, conversation_id, **changes)
+    return await call.chat.change_conversation(call.user_id, conversation_id, **changes)
 
 
 @router.delete(CONVERSATION)
-async def delete_conversation(conversation_id: ThreadId, call: This) -> dict[str, str | int]:
+async def delete_conversation(conversation_id: ThreadId, call: Call) -> dict[str, str | int]:
     """Stop what is being answered, and remove the conversation with all that belongs to it."""
-    await call.chat.delete_conversation(call.caller.user_id, conversation_id)
+    await call.chat.delete_conversation(call.user_id, conversation_id)
     return {"status": "deleted", "id": conversation_id}
 
 
 @router.post("/attachments", **FILE)
-async def post_attachment(call: This, file: UploadFile) -> Row:
+async def post_attachment(call: Call, file: UploadFile) -> Row:
     """A direct upload: the field `file` of a form becomes an attachment."""
     data, name = await file.read(), storable((file.filename or "file")[:255])
     mime_type = check_file(call.chat.settings, file.content_type or "", len(data))
-    row = await call.chat.store.add_attachment(call.caller.user_id, name, mime_type, len(data), data)
+    row = await call.store.add_attachment(call.user_id, name, mime_type, len(data), data)
     return attachment_json(row, call.base, data)
 
 
 @router.post("/attachments/{attachment_id}", **FILE)
-async def post_upload(attachment_id: str, call: This, file: UploadFile, key: str = "") -> Row:
+async def post_upload(attachment_id: str, call: Call, file: UploadFile, key: str = "") -> Row:
     """The second phase of an upload: the bytes of an announced attachment. The key works once."""
-    data, row = await file.read(), await call.chat.store.attachment(attachment_id, key=key)
+    data, row = await file.read(), await call.store.attachment(attachment_id, key)
     given = {"size": len(data), "mime_type": check_file(call.chat.settings, file.content_type or "")}
     if row is not None and given.items() - row.items():
         raise Refused(400, "The file is not of the size and type that were announced")
-    row = await call.chat.store.fill_attachment(attachment_id, key, data)
-    if row is None:
+    if row is None or not await call.store.fill_attachment(attachment_id, key, data):
         raise Refused(404, "Attachment not found, or uploaded already")
     return attachment_json(row, call.base, data)
 
 
 @router.get("/attachments/{attachment_id}", response_class=Response, responses=ANY_FILE)
-async def get_attachment(attachment_id: str, call: This, key: str = "") -> Response:
+async def get_attachment(attachment_id: str, call: Call, key: str = "") -> Response:
     """A file's bytes, for its owner or whoever has its key. Nothing in it can run in this origin."""
-    file = await call.chat.store.attachment(attachment_id, user_id=call.caller.user_id, key=key)
+    file = await call.store.attachment(attachment_id, key, call.user_id)
     if file is None or file["data"] is None:
         raise Refused(404, "Attachment not found")
     headers = {"Content-Type": file["mime_type"], "Cache-Control": "private, no-store"}
@@ -4278,21 +4042,21 @@ def as_download(name: str) -> dict[str, str]:
 
 
 @todo_router.get("/api/tasks", response_model=list[TaskOut])
-async def get_tasks(call: This) -> list[Row]:
+async def get_tasks(call: Call) -> list[Row]:
     """The to-do list of the built-in assistant."""
-    return await call.chat.store.tasks(call.caller.user_id)
+    return await call.store.tasks(call.user_id)
 
 
 @todo_router.patch("/api/tasks/{task_id}", response_model=TaskOut)
 async def patch_task(
-    task_id: Annotated[int, row_id("Task")], call: This, done: Annotated[bool, Body(embed=True, strict=True)]
+    task_id: Annotated[int, row_id("Task")], call: Call, done: Annotated[bool, Body(embed=True, strict=True)]
 ) -> Row:
     """Tick a task, or untick it."""
-    return found(await call.chat.store.update_task(call.caller.user_id, task_id, done=done), "Task")
+    return found(await call.store.update_task(call.user_id, task_id, done=done), "Task")
 
 
 @router.get("/api/config")
-async def get_config(call: This) -> ConfigOut:
+async def get_config(call: Call) -> ConfigOut:
     """What a page needs to know."""
     chat, settings = call.chat, call.chat.settings
     return ConfigOut(
@@ -4308,9 +4072,9 @@ async def get_config(call: This) -> ConfigOut:
 
 
 @router.get("/health")
-async def get_health(call: This) -> dict[str, str]:
+async def get_health(call: Call) -> dict[str, str]:
     """Whether the database answers; and which model does."""
-    await call.chat.store.check()
+    await call.store.execute("SELECT 1 FROM conversations LIMIT 1")
     return {"status": "healthy", "model": call.chat.agents.model_name}
 
 
@@ -4323,9 +4087,7 @@ async def get_page(request: Request) -> Response:
     of_openai = request.url.path.endswith("/component")
     page, host = (COMPONENT_PAGE, "https://cdn.platform.openai.com") if of_openai else (PAGE, "")
     nonce = secrets.token_urlsafe()
-    own = f"'nonce-{nonce}'"
-    for tag in ("<style", "<script"):
-        page = page.replace(f"{tag}>", f'{tag} nonce="{nonce}">', 1)
+    own, page = f"'nonce-{nonce}'", re.sub("<(style|script)>", rf'<\1 nonce="{nonce}">', page)
     policy = (
         f"default-src 'none'; script-src {own} {host}; style-src {own}; frame-src {host}; "
         "connect-src 'self'; img-src 'self' data: https:; base-uri 'none'; form-action 'none'; "
@@ -4344,11 +4106,11 @@ async def refuse(request: Request, error: Any) -> Response:
     the real component shows nothing of an HTTP status."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", *BODIES))
+        where = ".".join(str(part) for part in first["loc"][1:] if part not in BODIES)
         error = Refused(400, f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": "))
     elif isinstance(error, (sqlite3.Error, StoreError)):
         request.app.state.chat.log_failure("the database failed", error)
-        error = Refused(503, storage_text(error), retry_after=5)
+        error = Refused(503, explain(error)["message"], retry_after=5)
     name, detail = getattr(request.state, "operation", None), str(error.detail)
     known = OPERATIONS.get(str(name))
     if known is not None and known.streams and getattr(error, "by_doing", False):
@@ -4366,7 +4128,7 @@ class Doorman(CORSMiddleware):
             return await super().__call__(scope, receive, send)
         began, status, root = time.monotonic(), 500, scope.get("root_path", "")
         path = scope["path"][len(root) :].rstrip("/") or "/"
-        scope = {**scope, "path": root + path, "state": {**scope.get("state", {})}}
+        scope = {**scope, "path": root + path, "state": scope.get("state", {})}
 
         async def noting_status(message: Message) -> None:
             nonlocal status
@@ -4398,39 +4160,34 @@ def create_app(
 
         app = create_app(my_agent, database=":memory:")
 
-    `agent` is any Agents SDK agent, whose missing model is the one that Models finds; a function of the
-    TurnContext that returns one; or an async generator function answer(context, history) that yields text or
-    events. Without one, the to-do assistant answers. `settings` are Settings.from_env() where they are not
-    given; `overrides` are fields of them. `store` is one of your own, opened here unless it is open.
-    `on_action(context, action, item)` deals with clicks in widgets: `action` is {"type", "payload"}, `item`
-    the widget's thread item or None; ValueError and LookupError refuse it. `on_feedback(context, items,
-    kind)` hears of thumbs. `transcribe(audio, media_type)` makes text of recordings; without one, OpenAI does
-    where there is an OPENAI_API_KEY. `lifespan` is FastAPI's. Raises SettingsError.
+    `agent` is an Agent of the SDK's; a function of the TurnContext that returns one; an async generator
+    function answer(context, history) that yields text or events; or nothing: the to-do assistant. `settings`
+    are Settings.from_env() if not given, `overrides` fields of them. `store` is one of your own, opened here
+    unless it is open. `on_action(context, action, item)` deals with clicks in widgets: `action` is {"type",
+    "payload"}, `item` the widget's thread item or None; ValueError and LookupError refuse it.
+    `on_feedback(context, items, kind)` hears of thumbs. `transcribe(audio, media_type)` makes text of
+    recordings, which OpenAI does else, with its key. `lifespan` is FastAPI's. Raises SettingsError.
     """
     check_arguments(settings=settings, lifespan=lifespan)
-    if settings is None:
-        settings = Settings.from_env(**overrides)
-    elif overrides:
-        settings = Settings(**{**dict(settings), **overrides})
+    settings = Settings(**{**dict(settings), **overrides}) if settings else Settings.from_env(**overrides)
     if store is not None and "database" in overrides:
         raise SettingsError("store and database are two files: give one of them.")
-    handlers = {"on_action": on_action, "on_feedback": on_feedback, "transcribe": transcribe}
-    chat = Chat(settings, agent, store, **handlers)
+    chat = Chat(settings, agent, store, on_action=on_action, on_feedback=on_feedback, transcribe=transcribe)
     set_tracing_disabled(not settings.tracing)
 
     @contextlib.asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[Any]:
-        await chat.open()  # first: the app's own lifespan may need the store
-        try:
-            async with lifespan(app) if lifespan else contextlib.nullcontext() as state:
-                yield state
-        finally:
-            await chat.close()
+        async with contextlib.AsyncExitStack() as stack:
+            await chat.open()  # first: the app's own lifespan may need the store
+            stack.push_async_callback(chat.close)
+            yield await stack.enter_async_context(lifespan(app)) if lifespan else None
 
     routes = [*router.routes, *(todo_router.routes if chat.is_todo else ())]
     app = FastAPI(title=settings.title, version="2", redoc_url=None, lifespan=living, routes=routes)
     app.state.chat = chat
-    app.state.user_of = token_reader(settings) if settings.needs_token else None
+    # An unknown key has it ask again, but not for each that somebody makes up.
+    keys = PublicKeys(settings.jwks_url, timeout=5, cooldown_duration=10) if settings.jwks_url else None
+    app.state.public_keys = keys
     allowed: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_credentials": True}
     exposed = ["X-Thread-Id", "Retry-After"]
     app.add_middleware(Doorman, allow_origins=settings.cors_origins, expose_headers=exposed, **allowed)
@@ -4444,30 +4201,28 @@ def create_app(
 
 PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>ChatKit</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'%3E
-%3Cpath fill='%230b6e66' d='M1 1h7v5H4L2 8V6H1z'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/gif;base64,R0lGODlhAQABAIAAAAtuZv///ywAAAAAAQABAAACAkQBADs=">
 <style>
 :root { color-scheme: light dark; --bg: light-dark(#fff, #1b1c1d); --side: light-dark(#f7f7f5, #151617);
   --line: light-dark(#e0dfda, #383a3c); --text: light-dark(#222, #e8e7e4); --soft: light-dark(#ecf1f0, #233);
   --secondary: light-dark(#666, #a5a39e); --accent: light-dark(#0b6e66, #74cfc3);
-  --danger: light-dark(#a8201a, #ffa69e); --warning: light-dark(#855300, #eec46f); }
-* { box-sizing: border-box; overflow-wrap: anywhere; } .quiet, .foot, #actions { color: var(--secondary); }
+  --danger: light-dark(#a8201a, #ffa69e); --warning: light-dark(#855300, #eec46f); overflow-wrap: anywhere; }
+* { box-sizing: border-box; } .quiet, .foot, #actions { color: var(--secondary); }
 body { margin: 0; height: 100dvh; display: flex; overflow: hidden; font: 1rem/1.6 system-ui, sans-serif; }
-body, nav { background: var(--bg); color: var(--text); }
+body, nav { background: var(--bg); color: var(--text); accent-color: var(--accent); }
 [hidden], .item:empty, ul:empty, .row:empty, [aria-busy=true] .retry, .item:has(~ .item:not(:empty)) .retry,
 [aria-busy=true] > :last-child .foot { display: none !important; }
 button, input, select, textarea, fieldset, .tool, .notice, .code, .card, .list, #box {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
-button { cursor: pointer; padding: .3rem .8rem; } button:disabled { opacity: .5; cursor: default; }
+button { cursor: pointer; padding: .3rem .8rem; } textarea, select, input { padding: .45rem .7rem; }
+:disabled, #box:has(ul:empty + :placeholder-shown) [aria-label=Send] { opacity: .5; cursor: default; }
 :where(button, nav a, .entry[role]):hover, [aria-current], [aria-pressed=true] { background: var(--soft); }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--bg); }
 :is(.foot, .chips, .code, #actions) button, #attach { border: 0; padding: .2rem .5rem; font-size: .875rem; }
 textarea { field-sizing: content; max-height: 40dvh; resize: none; } h1 { font-size: 1rem; margin: 0; }
-textarea, select, input { padding: .45rem .7rem; accent-color: var(--accent); }
 textarea, input:not([type=checkbox], [type=radio]) { width: 100%; } a { color: var(--accent); }
 .quiet, .tool, .chips, #composer p { font-size: .875rem; margin: 0; }
-label, header, .row, .entry, .chips, .chips li, .code > div, #box {
-  display: flex; gap: .6rem; align-items: center; }
+label, header, .row, .entry, .chips, .chips li, #box { display: flex; gap: .6rem; align-items: center; }
 nav a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 /* The side panel: a popover on narrow screens (Esc and a click outside close it), a column on wide ones. */
 nav { position: fixed; inset: 0 auto 0 0; width: 17rem; height: 100dvh; margin: 0; padding: 1rem; border: 0;
@@ -4477,39 +4232,36 @@ nav ul, .chips { list-style: none; margin: 0; padding: 0; } nav a, #brand { padd
 nav:popover-open { display: flex; } ::backdrop { background: #0006; }
 @media (min-width: 50rem) { nav { position: static; display: flex; flex: none; } #menu { display: none; } }
 /* The conversation. The scroller counts from its end, and so it stays there. */
-main { flex: 1; min-width: 0; display: flex; flex-direction: column; }
+main, .card, .col, [data-type=user] { display: flex; flex-direction: column; min-width: 0; } main { flex: 1; }
 header { padding: .6rem 1.25rem; flex-wrap: wrap; } header h1 { flex-basis: 9rem; }
 #banner { margin: 0; padding: .4rem; text-align: center; color: var(--warning); background: var(--side); }
 #scroller { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
-#scroller > *, #composer { max-width: 46rem; margin: 0 auto; width: 100%; padding: 0 1.25rem .75rem; }
-#scroller > * { margin-bottom: auto; } #log > .item { margin: 1.25rem 0; }
-#welcome { text-align: center; padding-top: 14vh; } #welcome button { margin: .7rem .2rem; }
-[data-type=user] { display: flex; flex-direction: column; align-items: flex-end; }
+#scroller > *, #composer { max-width: 46rem; margin: 0 auto auto; width: 100%; padding: 0 1.25rem .75rem; }
+[data-type=user] { align-items: flex-end; } #welcome { text-align: center; padding-top: 14vh; }
 .user { max-width: 85%; padding: .6rem 1rem; background: var(--soft); border-radius: 1.2rem 1.2rem .3rem; }
-.user, .notice, fieldset, #thinking { white-space: pre-wrap; } q { display: block; color: var(--secondary); }
+#log > .item { margin: 1.25rem 0; } .user, .notice, fieldset, #thinking { white-space: pre-wrap; }
 @media (hover: hover) { .item:not(:hover, :focus-within, :last-child) .foot { opacity: 0; } }
 .md :is(p, ul, ol, blockquote, .table), .code { margin: 0 0 .75rem; white-space: pre-line; }
 .md :is(ul, ol, blockquote) { padding-left: 1.5rem; } blockquote { border-left: 3px solid var(--line); }
 .md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
-.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; }
+.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; } sup { line-height: 0; }
 img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; }
-.chips { flex-wrap: wrap; } .chips img { height: 5rem; } sup { line-height: 0; } .table { overflow-x: auto; }
+.chips { flex-wrap: wrap; } .chips img { height: 5rem; } .table { overflow: auto; overflow-wrap: break-word; }
 td, th { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; }
 code, pre { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; } table { border-collapse: collapse; }
 pre { margin: 0; padding: .8rem 1rem; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
 .code { background: var(--side); } .code > div { padding: .3rem .4rem .3rem 1rem; }
 .code button, #send { margin-left: auto; } summary { padding: .45rem .9rem; cursor: pointer; }
-.tool > :not(summary) { margin: .2rem .9rem .7rem; }
+.tool > :not(summary) { margin: .2rem .9rem .7rem; } q { display: block; color: var(--secondary); }
 .notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
 .warning { border-left-color: var(--warning); } .danger { border-left-color: var(--danger); }
-fieldset > div + * { margin-top: .9rem; } fieldset button { margin-right: .5rem; }
-.card, .col { display: flex; flex-direction: column; gap: .5rem; min-width: 0; } .card { padding: 1rem; }
-.card, .list { max-width: 34rem; } .list > * { padding: .6rem 1rem; } .row:has(> button) { flex-wrap: wrap; }
-.list > * + * { border-top: 1px solid var(--line); } .spacer { flex: 1; } .widget * { max-width: 100%; }
-.widget :is(p, h3, hr) { margin: 0; } :is(.card, .col) > :is(button, .badge) { align-self: flex-start; }
-.widget :is(button, .badge) { flex: none; } hr { width: 100%; border-color: var(--line); }
-.badge { border-radius: .4rem; padding: 0 .5rem; background: var(--soft); }
-.item[aria-busy=true] { opacity: .6; } .entry[role] { cursor: pointer; }
+:is(fieldset, #welcome) button { margin: .3rem .5rem .3rem 0; } fieldset > div + * { margin-top: .9rem; }
+.card, .col { gap: .5rem; } .card { padding: 1rem; } .card, .list { max-width: 34rem; }
+.list > * { padding: .6rem 1rem; } .list > * + * { border-top: 1px solid var(--line); } .spacer { flex: 1; }
+.widget :is(p, h3, hr) { margin: 0; } .widget :is(button, .badge) { flex: none; } hr { width: 100%; }
+.row:has(> button) { flex-wrap: wrap; } :is(.card, .col) > :is(button, .badge) { align-self: flex-start; }
+.badge { border-radius: .4rem; padding: 0 .5rem; background: var(--soft); } .widget * { max-width: 100%; }
+.item[aria-busy=true] > * { opacity: .6; pointer-events: none; } .entry[role] { cursor: pointer; }
 /* The composer */
 #composer p { margin-bottom: .5rem; } #problem { color: var(--danger); } #locked { color: var(--warning); }
 #box { flex-wrap: wrap; gap: .3rem; padding: .4rem; } #box:focus-within { border-color: var(--accent); }
@@ -4524,8 +4276,7 @@ fieldset > div + * { margin-top: .9rem; } fieldset button { margin-right: .5rem;
 <main><header><button id="menu" popovertarget="sidebar" aria-label="Conversations">&#9776;</button>
     <h1 id="title"></h1><span id="model" class="quiet" title="The model that answers" hidden></span>
     <span id="actions"><button id="rename">Rename</button><button id="save">Export</button><button
-      id="remove">Delete</button></span></header>
-  <p id="banner" role="status" hidden></p>
+      id="remove">Delete</button></span></header><p id="banner" role="status" hidden></p>
   <div id="scroller" role="log" aria-live="off" aria-label="Messages" tabindex="0">
     <div><div id="welcome" hidden><h2 id="greeting"></h2><div id="tries"></div></div>
       <div id="log"></div><p id="thinking" class="quiet" hidden></p></div></div>
@@ -4542,7 +4293,7 @@ fieldset > div + * { margin-top: .9rem; } fieldset button { margin-right: .5rem;
 const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms)), THINKING = "Thinking…\n";
-let polling = null, config = {}, shown = {}; // the open conversation: its id, title, whether it is busy, ...
+let config = {}, shown = {}; // the open conversation: its id, title, whether it is busy, ...
 // Every node is made here, of properties and text. Nothing is parsed as HTML, so nothing written can run.
 function el(tag, props, ...children) { // "p.quiet" is a p of the class quiet
   const [name, className = ""] = tag.split("."), node = document.createElement(name);
@@ -4551,11 +4302,13 @@ function el(tag, props, ...children) { // "p.quiet" is a p of the class quiet
 }
 const quiet = (text, tag = "p") => text && el(`${tag}.quiet`, {}, text);
 const show = (node, text) => Object.assign(node, { textContent: text, hidden: !text });
-const complain = ({ message }) => show(page.problem, message);
+const complain = (error) => show(page.problem, error.message) && error;
 const link = (href, ...label) => href ? el("a", { href, target: "_blank", rel: "noopener" }, label) : label;
 const push = (label, onclick, props) => el("button", { type: "button", onclick, ...props }, label);
 // ---------- Requests ----------
 const tokenKey = `chatkit token ${base}`; // in sessionStorage, which is this tab's alone
+let mayAsk = true; // for a token: once dismissed, not before the person does something again
+onkeydown = onpointerdown = () => { mayAsk = true; };
 async function api(path, method = "GET", body) { // throws: an error with a status is the server's refusal
   const isForm = body instanceof FormData, headers = isForm ? {} : { "Content-Type": "application/json" };
   const options = { method, headers, body: isForm ? body : JSON.stringify(body), cache: "no-store" };
@@ -4563,28 +4316,23 @@ async function api(path, method = "GET", body) { // throws: an error with a stat
     const token = sessionStorage.getItem(tokenKey);
     if (token) headers.Authorization = `Bearer ${token}`;
     const response = await fetch(base + path, options), { status } = response;
+    if (response.ok && method !== "GET" && !isForm) show(page.problem, ""); // what it said is over
     if (response.ok) return response;
     const { detail = `The server's status is ${status}.` } = await response.json().catch(() => ({}));
-    if (status !== 401) throw Object.assign(new Error(detail), { status });
+    if (status !== 401) throw refusal(detail, status);
     if (token !== sessionStorage.getItem(tokenKey)) continue; // another request has asked meanwhile
-    const given = prompt(token ? detail : "This server asks for a token. It stays in this tab.");
-    if (given === null) throw Error(complain({ message: "To give one, load the page again." }).textContent);
+    const given = mayAsk && prompt(token ? detail : "This server asks for a token. It stays in this tab.");
+    mayAsk = typeof given === "string";
+    if (!mayAsk) throw complain(refusal("To give a token, send a message or load the page again.", status));
     sessionStorage.setItem(tokenKey, given.replace(/[^!-~]/g, "")); // what a header can carry
+    if (!config.title) reopen(shown); // nothing was there without it
   }
 }
+const refusal = (message, status) => Object.assign(new Error(message), { status });
 const getJson = async (path) => (await api(path)).json();
 const here = (path = "") => `api/conversations/${shown.id}${path}`;
 const operate = (type, params) => // in ChatKit's dialect
   api("chatkit", "POST", { type, params: { thread_id: String(shown.id), ...params } });
-// Waits until the server is there, and takes what it offers. All who wait share one poll.
-const serverBack = () => polling ??= (async () => {
-  for (let pause = 400; !await getJson("health").catch(() => null); pause = Math.min(5000, pause * 2)) {
-    show(page.banner, "The server does not answer. Trying again…");
-    await sleep(pause);
-  }
-  show(page.banner, polling = null);
-  getJson("api/config").then(configure, () => {});
-})();
 function configure(given) {
   const { title, greeting, starters, model, models, tools } = config = given;
   const offer = (node, first, names) => Object.assign(node, { hidden: !names.length }).replaceChildren(
@@ -4670,7 +4418,7 @@ function tableOf(text) {
 }
 function codeBlock(indent, fence, language, text) {
   const code = `\n${text}`.replaceAll(`\n${indent}`, "\n").slice(1).replace(/\n$/, "");
-  return el("div.code", {}, el("div.quiet", {}, language.trim() || "code", copier(code)),
+  return el("div.code", {}, el("div.row quiet", {}, language.trim() || "code", copier(code)),
     el("pre", { tabIndex: 0 }, el("code", {}, code)));
 }
 const copier = (text) => push("Copy", async ({ target: node }) => { // plain http has no clipboard
@@ -4684,7 +4432,7 @@ function picture(src, alt = "") { // one from elsewhere, once the person has ask
   return protocol === "https:" ? ask : alt;
 }
 // ---------- Widgets: from the type of a component to its drawing ----------
-let drawn = ""; // the id of the widget that is being drawn: its fields' ids are those of no other
+let drawn = ""; // the id of the item that is being drawn: its fields' ids are those of no other
 const kids = ({ children = [] }) => [children].flat().filter(Boolean).map(widget);
 const stack = (tag) => (w) => el(tag, {}, w.value ?? w.label, kids(w));
 const along = (tag) => (w) => stack(`${tag}.${w.direction === "row" ? "row" : "col"}`)(w);
@@ -4694,7 +4442,8 @@ const mark = (name) => name && el("span", { title: name }, MARKS[name.split("-")
 const field = (tag, { name, label, placeholder = "", required, disabled, defaultValue }, props, inner) =>
   el(tag, { id: `${drawn}/${name}`, name, placeholder, title: label ?? (placeholder || name), required,
     disabled, value: defaultValue ?? "", ...props }, inner ?? []);
-const ticked = (w, props) => el("label", {}, field("input", w, props), w.label);
+const ticked = (w, { value = "", ...props }) => el("label", {}, // a radio button's id is its own
+  field("input", w, { id: `${drawn}/${w.name}${value}`, value, ...props }), w.label);
 const WIDGETS = { __proto__: null, // so that no unknown type is found
   Card: ({ confirm, cancel, ...w }) => el("div.card", {}, headed(w), kids(w), el("div.row", {},
     confirm && WIDGETS.Button({ label: confirm.label, style: "primary", submit: true }),
@@ -4743,15 +4492,20 @@ const CONTROLS = "a, button, label, input, select, textarea, [role=button]";
 const acting = ({ type, payload, handler }) => (event) => {
   const { target, currentTarget: node } = event, view = shown, fields = {}, item = node.closest(".item");
   if (event.type === "click" && target.closest(CONTROLS) !== node) return; // another one within an entry
+  if (item.ariaBusy === "true") return; // one at a time
   event.stopPropagation();
   if (handler === "client") return complain({ message: `“${type}” is for a frontend of yours.` });
   for (const { name, type, value, checked } of node.closest("form, .entry").querySelectorAll("[name]"))
     if (type !== "radio" || checked) fields[name] = type === "checkbox" ? checked : value;
+  page.log.querySelectorAll(".item.notice").forEach((notice) => notice.remove());
   const action = { type, payload: Object.keys(fields).length ? { ...payload, ...fields } : payload };
   item.ariaBusy = "true";
   operate("threads.custom_action", { item_id: String(item.row.id), action }).then(async (response) => {
     for await (const told of readEvents(response)) if (view.id === shown.id) await happen(told);
-  }).catch(complain).finally(() => { item.ariaBusy = "false"; });
+  }).catch(complain).finally(() => {
+    item.ariaBusy = "false";
+    if (!shown.busy) think("");
+  });
 };
 page.log.addEventListener("submit", (event) => event.preventDefault(), true); // what is sent, a script sends
 // ---------- Items: from the type of a stored item to its drawing ----------
@@ -4763,6 +4517,7 @@ function draw(row) { // new or changed; at most once per frame
   node.row = { usage: node.row?.usage, ...row };
   node.frame ??= requestAnimationFrame(() => {
     const { role, item } = node.row, json = JSON.stringify(node.row);
+    drawn = node.row.id;
     const type = node.dataset.type = ["user", "assistant"].includes(role) ? role : item?.type ?? role;
     if (json !== node.json) renew(node, [ITEMS[type]?.(node.row, item, node), tail(node.row)]);
     Object.assign(node, { json, frame: null });
@@ -4800,26 +4555,32 @@ const fileNode = ({ id, name, preview_url: src }) =>
 const ITEMS = { __proto__: null, user: ({ id, content }, item) => [
     item?.attachments?.length > 0 && el("div.chips", {}, item.attachments.map(fileNode)),
     el("div.user", {}, item?.quoted_text && el("q", {}, item.quoted_text), content),
-    el("div.foot", {}, push("Edit", () => edit(id, content)))],
+    el("div.foot", {}, push("Edit", () => { // until what is in the box is sent, or removed
+      complain({ message: "What came after it goes when you send this message anew." });
+      Object.assign(page.input, { value: content, editing: id }).focus();
+    }))],
   assistant({ id, content, feedback }, item, node) {
     const [text, sources] = cited(content, item?.content[0].annotations), item_ids = [String(id)];
     const rate = (kind) => operate("items.feedback", { item_ids, kind }).then(load).catch(complain);
+    const anew = () => confirm("Have this answered anew? What came after it goes.") && begin(here("/retry"),
+      { message_id: rowsShown().findLast((row) => row.role === "user" && row.id < id).id });
     const thumb = (label, kind) => push(label, () => rate(kind), { ariaPressed: String(feedback === kind) });
     return [paint(node.body ??= el("div.assistant md"), text), sources, el("div.foot", {}, copier(content),
-      thumb("Good", "positive"), thumb("Bad", "negative"), push("Answer anew", () => redo(id)))];
+      thumb("Good", "positive"), thumb("Bad", "negative"), push("Answer anew", anew))];
   },
   tool: ({ tool_calls: [{ name, args }], status, content }) => status !== "pending" && // or a question
     called(name, { done: "done", streaming: RUNNING }[status] ?? "stopped", args, content),
   client_tool_call: (row, { name, status, arguments: args, output }) =>
     called(name, status === "pending" ? "waits for a frontend that has this tool" : "done", args, output),
   task: (row, { task }) => taskLine(task),
-  workflow(row, { workflow: { type, tasks, summary, expanded: open } }) {
+  workflow({ status }, { workflow: { type, tasks, summary, expanded: open } }) {
+    if (type === "reasoning" && status === "streaming") return []; // it is told as it grows
     const took = summary?.duration !== undefined ? `Thought for ${summary.duration} s` : tasks.at(-1)?.title;
     const steps = tasks.map((task) => type === "reasoning" ? markdown(task.content) : taskLine(task));
-    return Object.assign(line(summary?.title ?? took ?? "Thinking", summary ? "" : RUNNING, steps), { open });
+    const state = summary || ENDED[status] ? "" : RUNNING;
+    return Object.assign(line(summary?.title ?? took ?? "Thinking", state, steps), { open });
   },
-  widget({ id }, { widget: root, copy_text }) { // all of it a form, which a Card confirms
-    drawn = id;
+  widget(row, { widget: root, copy_text }) { // all of it a form, which a Card confirms
     const node = el("form.widget", { onsubmit: root.confirm && acting(root.confirm.action) }, widget(root));
     return node.querySelector("img, input") || node.textContent ? node : quiet(copy_text);
   },
@@ -4836,23 +4597,18 @@ function tail({ role, status, error, usage }) { // how the turn ended here, if i
     error ? el("div.notice danger", { role: "alert" }, `${error.message} `, retry) : retry,
     usage?.input_tokens > 0 && quiet(`${usage.input_tokens} tokens in, ${usage.output_tokens} out`, "span")];
 }
-function questions(item_id, inputs) { // what a tool asks, or, as two buttons, whether it may be called
-  const answers = {}, body = { item_id, status: "answered", answers };
-  const isApproval = ({ options }) => options?.some(({ value }) => value.startsWith("Approve"));
-  const rest = inputs.filter((input) => !isApproval(input));
-  function give(id, values) {
-    answers[id] = { values };
-    if (inputs.every(({ id }) => answers[id])) begin(here("/answers"), body);
-  }
-  const option = ({ id: name, multiple, options }) => ({ value }) => isApproval({ options })
-    ? push(value, ({ target }) => give(name, [value], target.parentNode.inert = true))
+function questions(item_id, inputs) { // what a tool asks; a single choice, as whether it may run, is a click
+  const isClick = inputs.length === 1 && inputs[0].options && !inputs[0].multiple;
+  const give = (valuesOf) => begin(here("/answers"), { item_id, status: "answered",
+    answers: Object.fromEntries(inputs.map(({ id }) => [id, { values: valuesOf(id) }])) });
+  const option = ({ id: name, multiple }) => ({ value }) => isClick ? push(value, () => give(() => [value]))
     : ticked({ name, label: value, required: !multiple }, { type: multiple ? "checkbox" : "radio", value });
   const group = (input) => el("div", { role: "group", ariaLabel: input.question },
     el("strong", {}, `${input.question}\n`), quiet(input.description), input.options?.map(option(input))
       ?? field("textarea", { name: input.id, label: input.question, required: true }));
-  const onsubmit = ({ target }) => rest.forEach(({ id }) => give(id, new FormData(target).getAll(id)));
+  const onsubmit = ({ target }) => { const form = new FormData(target); give((id) => form.getAll(id)); };
   return el("form", { onsubmit },
-    el("fieldset", {}, inputs.map(group), rest.length > 0 && el("button.primary", {}, "Send answers")));
+    el("fieldset", {}, inputs.map(group), !isClick && el("button.primary", {}, "Send answers")));
 }
 // ---------- What happens ----------
 async function load() { // what is stored of the conversation
@@ -4865,9 +4621,12 @@ async function load() { // what is stored of the conversation
   const isAnswered = messages.some(({ status }) => status === "streaming");
   if (isAnswered && !view.busy && !view.loading) openConversation(view.id); // by another tab, or an action
 }
-const tells = ({ content, text = content }) => show(page.thinking, `${page.thinking.textContent}${text}\n`);
+const think = (told) => // what goes on is told in open lines; what is stored of it, is folded
+  show(page.thinking, told).replaceChildren(...inline(page.thinking.told = told));
+const tells = ({ content, text = content }) => think(`${page.thinking.told}${text}\n`);
 const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_update: tells,
-  thinking: () => show(page.thinking, page.thinking.textContent || THINKING), "thread.item.updated": () => {},
+  thinking: ({ content }) => think((page.thinking.told || THINKING) + content),
+  "thread.item.updated"() {}, effect() {}, client_effect() {}, // nothing is to be loaded for these
   text({ content, message_id: id }) { // is told from its beginning, while what was loaded may be ahead
     const told = shown.told[id] = (shown.told[id] ?? "") + content, row = nodeOf(id)?.row;
     if (told.length > (row?.content.length ?? -1)) draw({ ...row, id, role: "assistant", content: told });
@@ -4887,15 +4646,13 @@ function setBusy(view, busy) {
   view.busy = busy;
   if (view !== shown) return;
   Object.assign(page.send, { ariaLabel: busy ? "Stop" : "Send", textContent: busy ? "■" : "↑" });
-  show(page.thinking, busy ? THINKING : "");
+  think(busy ? THINKING : "");
   page.log.ariaBusy = String(busy);
   if (page.problem.textContent === BUSY) show(page.problem, "");
-  fitComposer();
 }
 async function begin(path, body) { // has the server answer, and follows the answer; true if it went
   const view = shown;
-  if (view.busy || view.loading) return complain({ message: BUSY }) && false;
-  show(page.problem, "");
+  if (view.busy || view.loading) return void complain({ message: BUSY });
   setBusy(view, true);
   page.scroller.scrollTop = 0;
   try {
@@ -4906,7 +4663,7 @@ async function begin(path, body) { // has the server answer, and follows the ans
   } catch ({ status, message }) {
     show(page.problem, `Not sent: ${status ? message : "the server does not answer."}`);
     setBusy(view, false);
-    if (view.id || !status) reopen(view); // perhaps an answer is running that we do not know of
+    if (!status || (view.id && status !== 401)) reopen(view); // perhaps an answer runs that we know not of
   }
 }
 async function send(message) {
@@ -4920,16 +4677,7 @@ async function send(message) {
   if (!await sent) return;
   Object.assign(page.input, { value: page.input.value.replace(message, ""), editing: null }).focus();
   page.tools.value = "";
-  fitComposer(page.files.replaceChildren());
-}
-function edit(id, message) { // until what is in the box is sent, or removed
-  complain({ message: "What came after it goes when you send this message anew." });
-  Object.assign(page.input, { value: message, editing: id }).focus();
-  fitComposer();
-}
-function redo(id) {
-  const { id: message_id } = rowsShown().findLast((row) => row.role === "user" && row.id <= id);
-  if (confirm("Have this answered anew? What came after it goes.")) begin(here("/retry"), { message_id });
+  page.files.replaceChildren();
 }
 // ---------- Opening a conversation ----------
 async function openConversation(id, joined) { // shows what is stored, and follows what is being written
@@ -4943,11 +4691,13 @@ async function openConversation(id, joined) { // shows what is stored, and follo
   }
   page.welcome.hidden = Boolean(id);
   setBusy(view, Boolean(same && busy));
-  refreshList();
+  const listing = refreshList(), isListed = () => page.list.querySelector(`[href="#/${id}"]`);
   if (!id) return page.input.focus();
   if (joined) history.replaceState(null, "", `#/${id}`);
   try {
     // Joined first and loaded second, so that nothing falls in between; what comes twice has the same ids.
+    if (!joined && (same || !isListed()) && await listing && !isListed())
+      throw refusal("Conversation not found", 404); // known without a request that fails
     const stream = joined ?? await api(here("/stream")), answering = stream.status === 200;
     await load();
     if (view !== shown) return stream.body?.cancel();
@@ -4957,19 +4707,24 @@ async function openConversation(id, joined) { // shows what is stored, and follo
     for await (const event of readEvents(stream, view)) {
       if (view !== shown) return;
       await happen(event);
-      if (!["thread", "thinking", "progress"].includes(event.type)) show(page.thinking, "");
+      if (!["thread", "thinking", "progress"].includes(event.type)) think("");
     }
     refreshList(setBusy(view, false));
   } catch (error) { // what broke off is loaded and joined anew
-    if (error.status !== 404) return reopen(view);
     if (view !== shown) return;
-    setBusy(Object.assign(view, { id: null, loading: false }), false); // the next message begins a new one
+    if (!(error.status < 500)) return reopen(view); // the network, or what stands before the server
+    if (error.status === 404) openConversation(null); else setBusy(view, view.loading = false);
     complain(error);
   }
 }
-async function reopen(view) {
-  await sleep(500).then(serverBack).then(refreshList);
-  if (view === shown && view.id) openConversation(view.id);
+async function reopen(view) { // once the server answers; what it offers may be other things by then
+  while (await getJson("api/config").then(configure, ({ status }) => !(status < 500))) {
+    show(page.banner, "The server does not answer. Trying again…");
+    await sleep(1000);
+  }
+  show(page.banner, "");
+  await sleep(500);
+  if (view === shown) view.id ? openConversation(view.id) : refreshList();
 }
 function setThread({ title = shown.title, status, reason }) {
   const { title: app = "ChatKit" } = config, why = reason ? `: ${reason}` : ".";
@@ -4985,33 +4740,35 @@ function route() { // an invitation's address brings a token along, a conversati
   if (token) history.replaceState(null, "", location.pathname + location.search);
   openConversation(Number(id) || null);
 }
+if (!CSS.supports("overflow-anchor", "auto")) new ResizeObserver(() => { // Safari keeps nobody's place
+  const { scrollTop: at, scrollHeight, last = scrollHeight } = page.scroller;
+  Object.assign(page.scroller, { last: scrollHeight, scrollTop: at && at + last - scrollHeight });
+}).observe(page.log);
 page.sidebar.onclick = ({ target }) => { if (target.closest("a")) page.sidebar.hidePopover(); };
 // ---------- The list and the composer ----------
-async function refreshList() {
+async function refreshList() { // true if that is all that there are
   const query = page.search.value, path = `api/conversations?limit=100&q=${encodeURIComponent(query)}`;
   const found = await getJson(path).catch(() => null);
   if (!found || query !== page.search.value) return;
   renew(page.list, found.map(({ id, title }) => el("li", {},
     el("a", { href: `#/${id}`, title, ariaCurrent: id === shown.id ? "page" : null }, title))));
   show(page.nothing, found.length ? "" : query ? "Nothing found." : "No conversations yet.");
-  const { title } = found.find(({ id }) => id === shown.id) ?? {};
-  if (title) setThread({ title });
+  return !query && found.length < 100;
 }
-addEventListener("focus", () => { if (shown.id) load().catch(() => {}); refreshList(); }); // from another tab
+addEventListener("focus", () => // another tab may have done something
+  shown.id && !shown.busy && !shown.loading ? openConversation(shown.id) : refreshList());
 page.search.oninput = refreshList;
 const change = (method, body) => api(here(), method, body).catch(complain).finally(refreshList);
-const rename = (title) => title?.trim() && change("PATCH", { title: title.trim() });
+const rename = (title) => title?.trim() && change("PATCH", { title: title.trim() }).then(load);
 page.rename.onclick = () => rename(prompt("Rename conversation", shown.title));
-page.remove.onclick = async () => {
-  if (confirm(`Delete “${shown.title}”?`) && (await change("DELETE")).ok) location.hash = "#/";
+page.remove.onclick = () => {
+  if (!confirm(`Delete “${shown.title}”?`)) return;
+  change("DELETE");
+  location.hash = "#/";
 };
 page.save.onclick = () => download(here("?format=markdown"), `${shown.title}.md`);
-function fitComposer() {
-  page.send.disabled = shown.busy ? !shown.id : !page.input.value.trim() && !page.files.children.length;
-}
 page.input.oninput = () => { // an emptied box is no message to be edited any longer
   if (!page.input.value && page.input.editing) show(page.problem, page.input.editing = null);
-  fitComposer();
 };
 addEventListener("keydown", (event) => { // Enter sends, or does what a click would
   const { key, target, shiftKey, isComposing, keyCode } = event;
@@ -5020,10 +4777,11 @@ addEventListener("keydown", (event) => { // Enter sends, or does what a click wo
   if (target.role) target.click();
   if (target === page.input) send(target.value, event.preventDefault());
 });
-page.send.onclick = () => shown.busy ? api(here("/cancel"), "POST").catch(() => {}) : send(page.input.value);
+page.send.onclick = () => !shown.busy ? send(page.input.value)
+  : shown.id && api(here("/cancel"), "POST").catch(() => {}); // or it is over already
 async function attach(file) { // uploads it, to go with the next message
   const chip = page.files.appendChild(el("li", {}, `${file.name}…`)), form = new FormData();
-  const close = push("\u00D7", () => fitComposer(chip.remove()), { ariaLabel: `Remove ${file.name}` });
+  const close = push("\u00D7", () => chip.remove(), { ariaLabel: `Remove ${file.name}` });
   form.append("file", file);
   try {
     if (file.size > config.uploads?.max_bytes) throw new Error("it is larger than the server takes.");
@@ -5032,7 +4790,6 @@ async function attach(file) { // uploads it, to go with the next message
   } catch ({ message }) {
     complain({ message: `${file.name} is not attached: ${message}` }, chip.remove());
   }
-  fitComposer();
 }
 const attachAll = ({ files }) => [...files].forEach(attach);
 page.attach.onclick = () => page.file.click(page.file.value = ""); // so that the same one can be chosen again
@@ -5040,21 +4797,18 @@ page.file.onchange = () => attachAll(page.file);
 addEventListener("paste", ({ clipboardData }) => attachAll(clipboardData));
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => attachAll(event.dataTransfer, event.preventDefault()));
-route(); serverBack();
+route(); reopen({});
 </script></body></html>"""
 
-COMPONENT_PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ChatKit</title>
+COMPONENT_PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>ChatKit</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body { margin: 0; font: 1rem/1.6 system-ui, sans-serif; color-scheme: light dark; }
 p { padding: 1rem; } p:empty { display: none; } openai-chatkit { display: block; height: 100dvh; }
 </style></head>
 <body><p role="status">Loading OpenAI's component…</p>
-<script>
-"use strict";
-const base = location.pathname.replace(/component\/?$/, "");
+<script>"use strict";
+const base = location.pathname.replace(/component\/?$/, ""), url = location.origin + base;
 const say = (text) => { document.querySelector("p").textContent = text; };
 const call = (url, options = {}) => { // with the token that the page at / has in this tab, if any
   const token = sessionStorage.getItem(`chatkit token ${base}`), headers = new Headers(options.headers);
@@ -5067,34 +4821,28 @@ addEventListener("error", ({ target }) => {
 customElements.whenDefined("openai-chatkit").then(async () => {
   const response = await call(`${base}api/config`), config = await response.json();
   if (!response.ok) return say(`${config.detail} Give the token to the page at ${base} in this tab first.`);
-  const models = config.models.map((id) => ({ id, label: id, default: id === config.model }));
-  const url = location.origin + base, chat = document.createElement("openai-chatkit");
+  const { title, greeting, starters, model, models, tools, uploads, dictation } = config;
+  const chat = document.createElement("openai-chatkit");
   const uploadStrategy = { type: "direct", uploadUrl: `${url}attachments` };
   chat.setOptions({
     api: { url: `${url}chatkit`, domainKey: "local-dev", uploadStrategy, fetch: call },
-    header: { title: { text: config.title } },
-    startScreen: {
-      greeting: config.greeting,
-      prompts: config.starters.map((prompt) => ({ label: prompt, prompt })),
-    },
-    composer: {
-      attachments: { enabled: true, maxSize: config.uploads.max_bytes },
-      dictation: { enabled: config.dictation },
-      ...(models.length && { models }),
-      ...(config.tools.length &&
-        { tools: config.tools.map(({ name }) => ({ id: name, label: name, icon: "bolt" })) }),
+    header: { title: { text: title } },
+    startScreen: { greeting, prompts: starters.map((prompt) => ({ label: prompt, prompt })) },
+    composer: { // an empty list is refused
+      attachments: { enabled: true, maxSize: uploads.max_bytes }, dictation: { enabled: dictation },
+      ...(models.length && { models: models.map((id) => ({ id, label: id, default: id === model })) }),
+      ...(tools.length && { tools: tools.map(({ name }) => ({ id: name, label: name, icon: "bolt" })) }),
     },
     history: { enabled: true },
     threadItemActions: { feedback: true, retry: true },
   });
   say("");
-  document.title = config.title;
+  document.title = title;
   document.body.append(chat);
 });
 </script>
 <script src="https://cdn.platform.openai.com/deployments/chatkit/chatkit.js" async></script>
-</body>
-</html>
+</body></html>
 """
 
 
@@ -5128,9 +4876,8 @@ class Server(uvicorn.Server):
         await self.chat.open()  # not in the lifespan, which would report a failure with a traceback
         await super().startup(sockets)
         if not self._thread.is_alive():
-            path = self.chat.store.path
-            data = "in memory, gone at the end" if path == ":memory:" else path
-            print(f"Listening on {self.url}\nModel: {self.chat.agents.model_name}\nData:  {data}", flush=True)
+            model, data = self.chat.agents.model_name, self.chat.store.path
+            print(f"Listening on {self.url}\nModel: {model}\nData:  {data}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.chat.stop_turns()  # before it waits for their readers to leave
@@ -5148,7 +4895,7 @@ class Server(uvicorn.Server):
             for task in leftover:
                 task.cancel()
             if leftover:
-                loop.run_until_complete(asyncio.wait(leftover, timeout=2))
+                loop.run_until_complete(asyncio.wait(leftover, timeout=3))
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
             self._listener.close()
@@ -5263,7 +5010,6 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_status = main()
     if threading.active_count() > 1:  # a tool that hangs in a thread must not keep the process
-        logging.shutdown()
         sys.stdout.flush()
         os._exit(exit_status)
     sys.exit(exit_status)

@@ -14,7 +14,6 @@ import asyncio
 import base64
 import collections
 import contextlib
-import copy
 import functools
 import gc
 import hmac
@@ -57,26 +56,12 @@ import jwt
 import openai
 import pytest
 import uvicorn
-from agents import (
-    Agent,
-    AgentOutputSchema,
-    GuardrailFunctionOutput,
-    Model,
-    ModelResponse,
-    RunContextWrapper,
-    Runner,
-    StopAtTools,
-    ToolGuardrailFunctionOutput,
-    ToolOutputImage,
-    ToolOutputText,
-    Usage,
-    function_tool,
-    handoff,
-    input_guardrail,
-    output_guardrail,
-    set_tracing_disabled,
-    tool_input_guardrail,
-)
+
+from agents import (  # isort: skip
+    Agent, AgentOutputSchema, GuardrailFunctionOutput, Model, ModelResponse, RunContextWrapper, Runner,
+    ToolGuardrailFunctionOutput, ToolOutputImage, ToolOutputText, Usage, function_tool, handoff,
+    input_guardrail, output_guardrail, set_tracing_disabled, tool_input_guardrail,
+)  # fmt: skip
 from agents.extensions.handoff_filters import remove_all_tools
 from agents.mcp import MCPServerStdio
 from agents.models.default_models import get_default_model
@@ -95,6 +80,9 @@ pytestmark = pytest.mark.anyio
 HERE = Path(__file__).resolve().parent
 TEST_ALL = os.environ.pop("CHATKIT_TEST_ALL", "") == "1"
 DEADLINE = 10.0  # seconds that anything may take
+Json = dict[str, Any]  # an object
+Wrapper = RunContextWrapper[ck.TurnContext]
+parametrize = pytest.mark.parametrize
 
 # What the environment of whoever runs the tests says must not count: a value is empty, so .env cannot set it.
 for name in [name for name in os.environ if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_"))]:
@@ -186,18 +174,15 @@ DELTAS = {str: "output_text", Think: "reasoning_summary_text", Refuse: "refusal"
 CITATIONS = ("url_citation", "file_citation", "container_file_citation", "file_path")
 KEY = "the-key-that-nobody-may-see"
 USAGE = {"input_tokens": 7, "output_tokens": 5}  # of every answer
-USAGE_DETAILS = {
-    "total_tokens": 12,
-    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-    "output_tokens_details": {"reasoning_tokens": 0},
-}
+USAGE_DETAILS: Json = {"total_tokens": 12, "output_tokens_details": {"reasoning_tokens": 0}}
+USAGE_DETAILS["input_tokens_details"] = {"cached_tokens": 0, "cache_write_tokens": 0}
 
 
 def pieces(text: str) -> list[str]:
     return [text[start : start + 7] for start in range(0, len(text), 7)]
 
 
-def grown_item(kind: str, text: str, annotations: list[Any]) -> dict[str, Any]:
+def grown_item(kind: str, text: str, annotations: list[Any]) -> Json:
     """The output item that deltas come to."""
     part = {"type": kind, "text": text, "annotations": annotations, "logprobs": []}
     if kind == "reasoning_summary_text":
@@ -207,23 +192,23 @@ def grown_item(kind: str, text: str, annotations: list[Any]) -> dict[str, Any]:
     return {"type": "message", "role": "assistant", "content": [part]}
 
 
-def responses_api(steps: list[Any], body: dict[str, Any], own_id: str = "") -> Iterator[Any]:
+def responses_api(steps: list[Any], body: Json, own_id: str = "") -> Iterator[Any]:
     """Steps as the events of OpenAI's Responses API; what is no step of its comes through as it is."""
     output, numbers = list[Any](), itertools.count()
     response = {"id": "resp_" + secrets.token_hex(4), "object": "response", "created_at": 1, "output": output}
     response |= {"model": body["model"], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
     kind, texts, cited = "", list[str](), list[Any]()  # of what is being said
 
-    def event(name: str, **fields: Any) -> dict[str, Any]:
+    def event(name: str, **fields: Any) -> Json:
         place = {"output_index": len(output), "content_index": 0, "summary_index": 0, "logprobs": []}
         place |= {"item_id": own_id or f"{response['id']}_{len(output)}", "sequence_number": next(numbers)}
         return {"type": f"response.{name}", **place, **fields}
 
-    def begin(item: dict[str, Any], name: str = "added", status: str = "in_progress") -> dict[str, Any]:
+    def begin(item: Json, name: str = "added", status: str = "in_progress") -> Json:
         change = event(f"output_item.{name}")
         return {**change, "item": {"id": change["item_id"], **item, "status": status}}
 
-    def end(item: dict[str, Any]) -> dict[str, Any]:
+    def end(item: Json) -> Json:
         done = begin(item, "done", "completed")
         output.append(done["item"])
         return done
@@ -309,14 +294,12 @@ class Script(Model):
 
 
 @function_tool
-async def echo(wrapper: RunContextWrapper[ck.TurnContext], text: str) -> str:
+async def echo(wrapper: Wrapper, text: str) -> str:
     """Give back what it is given."""
     return json.dumps({"echo": text})
 
 
-def scripted(
-    *responses: list[Any], tools: list[Any] | None = None, delay: float = 0.0, **more: Any
-) -> Agent[Any]:
+def scripted(*responses: list[Any], tools: Any = None, delay: float = 0.0, **more: Any) -> Agent[Any]:
     """An agent whose model is a Script; `agent.model.seen` is what the model was shown."""
     model = Script(*responses, delay=delay)
     return Agent(**{"name": "Scripted", "model": model, "tools": [echo] if tools is None else tools, **more})
@@ -325,6 +308,17 @@ def scripted(
 def shown_to(agent: Agent[Any], call: int = -1) -> list[Any]:
     """The input of one call of a scripted agent's model."""
     return cast(Script, agent.model).seen[call]
+
+
+def doing(work: Callable[[ck.TurnContext], Any], *then: Any, answer: Any = ("Done.",)) -> Agent[Any]:
+    """An agent that calls a tool which does this, and then answers."""
+
+    @function_tool
+    async def tool(wrapper: Wrapper) -> Any:
+        """Do it."""
+        return await work(wrapper.context)
+
+    return scripted([Call("tool")], [*answer], *then, tools=[tool])
 
 
 # ---- a server, and clients of it
@@ -345,7 +339,7 @@ class Client(httpx.Client):
         """Without certificates, which take longer to load than most tests to run."""
         super().__init__(**{"timeout": DEADLINE, "verify": False, **options})
 
-    def send_message(self, message: str, thread_id: Any = None, **body: Any) -> list[dict[str, Any]]:
+    def send_message(self, message: str, thread_id: Any = None, **body: Any) -> list[Json]:
         """The events of the answer to a message, in the plain dialect."""
         body = {"message": message, **({} if thread_id is None else {"thread_id": thread_id}), **body}
         with self.stream("POST", "/chatkit", json=body) as response:
@@ -353,19 +347,17 @@ class Client(httpx.Client):
             return list(plain_events(response))
 
     def operate(self, operation: str, **params: Any) -> Any:
-        """A ChatKit request's answer: the events of a stream, or the JSON."""
+        """A ChatKit request's answer."""
         response = self.post("/chatkit", json={"type": operation, "params": params})
         assert response.status_code == 200, response.text
-        if response.headers["content-type"].startswith("text/event-stream"):
-            return chatkit_events(response.text)
-        return response.json()
+        return answer_in(response)
 
-    def messages(self, thread_id: int) -> list[dict[str, Any]]:
+    def messages(self, thread_id: int) -> list[Json]:
         response = self.get(f"/api/conversations/{thread_id}").raise_for_status()
         return cast(list[Any], response.json()["messages"])
 
 
-def plain_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+def plain_events(response: httpx.Response) -> Iterator[Json]:
     """Events of a plain stream as they come, each with its SSE id as `_id`; checks that [DONE] ends it."""
     event_id, ended = None, False
     for line in response.iter_lines():
@@ -381,27 +373,33 @@ def plain_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     assert ended, "the stream broke off"
 
 
-def chatkit_events(text: str) -> list[dict[str, Any]]:
+def chatkit_events(text: str) -> list[Json]:
     frames = [frame for frame in text.split("\n\n") if frame and not frame.startswith(":")]
     assert all(frame.startswith("data: ") for frame in frames)
     return [json.loads(frame[6:]) for frame in frames]
 
 
-def said(events: list[dict[str, Any]]) -> str:
+def answer_in(response: httpx.Response) -> Any:
+    """Of a ChatKit request: the events of a stream, or the JSON."""
+    streamed = response.headers["content-type"].startswith("text/event-stream")
+    return chatkit_events(response.text) if streamed else response.json()
+
+
+def said(events: list[Json]) -> str:
     """The text of all plain `text` events."""
     return "".join(event["content"] for event in of_type(events, "text"))
 
 
-def kinds(events: list[dict[str, Any]]) -> list[str]:
+def kinds(events: list[Json]) -> list[str]:
     """The types of events, a run of one type once."""
     return [kind for kind, _ in itertools.groupby(event["type"] for event in events)]
 
 
-def of_type(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def of_type(events: list[Json], kind: str) -> list[Json]:
     return [event for event in events if event["type"] == kind]
 
 
-def user_input(text: str, **fields: Any) -> dict[str, Any]:
+def user_input(text: str, **fields: Any) -> Json:
     """ChatKit's `input` of a message."""
     content = [{"type": "input_text", "text": text}]
     return {"content": content, "attachments": [], "inference_options": {}, **fields}
@@ -441,16 +439,13 @@ def bearer(user_id: str) -> dict[str, str]:
 class Process:
     """The server as `python chatkit_server.py` starts it: `lines` it says first, `log_file` has its log."""
 
-    def __init__(
-        self, *arguments: str, cwd: Path, env: dict[str, str] | None = None, module: Path = HERE
-    ) -> None:
+    def __init__(self, *arguments: str, cwd: Path, env: Any = None, module: Path = HERE) -> None:
         self.log_file = cwd / "log.txt"
         command = [sys.executable, str(module / "chatkit_server.py"), "--port", "0", *arguments]
         env = {**CLEAN_ENV, "PYTHONPATH": str(module), **(env or {})}
         with self.log_file.open("ab") as log:
-            self.process: Any = subprocess.Popen(
-                command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=log, text=True
-            )
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": log}
+            self.process: Any = subprocess.Popen(command, cwd=cwd, env=env, text=True, **pipes)
         assert self.process.stdout is not None
         self.lines = [self.process.stdout.readline().rstrip() for _ in range(3)]
         self.url = self.lines[0].removeprefix("Listening on ")
@@ -477,22 +472,16 @@ def readme_block(name: str) -> str:
     return next(block for block in blocks if f"# {name}" in block[:80])
 
 
-def readme_example(name: str) -> dict[str, Any]:
+def readme_example(name: str) -> Json:
     """What a code block of the README defines."""
-    names: dict[str, Any] = {"__name__": "example"}
+    names: Json = {"__name__": "example"}
     exec(readme_block(name), names)
     return names
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 # ===================================================================================================== Start
 
-PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+PIPES: Json = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
 def our_threads() -> int:
@@ -531,10 +520,8 @@ OPEN_TO_OTHERS = [f"--host {host}" for host in ("0.0.0.0", "::", "192.168.1.5", 
 CANNOT_START |= dict.fromkeys(OPEN_TO_OTHERS, "CHATKIT_JWT_SECRET")
 
 
-@pytest.mark.parametrize("arguments", CANNOT_START)
-def test_a_start_that_cannot_work_says_so_in_one_line(
-    arguments: str, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+@parametrize("arguments", CANNOT_START)
+def test_what_cannot_start_says_why(arguments: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHATKIT_JWT_SECRET", SECRET if "no.such.host" in arguments else "")
     assert ck.main(["--port", "0", *arguments.split()]) == 2
@@ -547,7 +534,7 @@ def test_an_older_python_is_told_which_one_it_needs() -> None:
     ast.parse((HERE / "chatkit_server.py").read_text(), feature_version=(3, 9))
 
 
-def test_settings_come_from_the_environment_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_the_environment_and_flags_win(monkeypatch: Any) -> None:
     given = {"PORT": "1234", "CORS_ORIGINS": "https://a.example/, https://b.example", "TRACING": "yes"}
     for name, value in {**given, "STARTERS": "Soup | Something quick|"}.items():
         monkeypatch.setenv(f"CHATKIT_{name}", value)
@@ -630,7 +617,7 @@ def test_deleting_a_conversation_while_it_answers_leaves_nothing(tmp_path: Path)
         assert client.send_message("new")[0]["thread_id"] == 2  # an id never comes back
 
 
-def test_a_silent_stream_carries_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_stream_carries_comments(monkeypatch: Any) -> None:
     monkeypatch.setattr(ck, "KEEP_ALIVE", 0.1)
     wait = Wait()
     path = "/api/conversations/1/stream"
@@ -653,8 +640,8 @@ def test_two_requests_at_once_are_one_answer_and_one_refusal() -> None:
 
 
 def test_the_model_is_shown_the_last_items_with_calls_and_results_paired() -> None:
-    calls = [Call("echo", {"text": "a"}, "c1"), Call("echo", {"text": "b"}, "c2")]
-    agent = scripted(calls, ["one"], ["two"], ["three"])
+    both = [Call("echo", {"text": "a"}, "c1"), Call("echo", {"text": "b"}, "c2")]
+    agent = scripted(both, ["one"], ["two"], ["three"])
     with serving(agent, history_limit=4) as client:
         client.send_message("first")
         client.send_message("second", 1)
@@ -663,10 +650,9 @@ def test_the_model_is_shown_the_last_items_with_calls_and_results_paired() -> No
     note, *window = shown_to(agent, 2)
     assert "left out" in note["content"] and all("id" not in item for item in window)
     told = [f"{item.get('type') or item['role']} {item.get('call_id', '')}".strip() for item in window]
-    calls_and_outputs = [
-        f"{kind} {each}" for kind in ("function_call", "function_call_output") for each in ("c1", "c2")
-    ]
-    assert told == [*calls_and_outputs, "assistant", "user"]
+    calls = ["function_call c1", "function_call c2"]
+    outputs = ["function_call_output c1", "function_call_output c2"]
+    assert told == [*calls, *outputs, "assistant", "user"]
     assert [item["content"] for item in shown_to(agent, 3)[1:]] == ["one", "second", "two", "third"]
 
 
@@ -718,7 +704,7 @@ def test_tasks_can_be_read_and_ticked_where_the_todo_assistant_answers(hello: Cl
 # ================================================================================================= Extending
 
 
-def test_uvicorn_starts_the_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uvicorn_starts_the_factory(tmp_path: Path, monkeypatch: Any) -> None:
     """As `uvicorn chatkit_server:create_app --factory` does, which knows nothing of serve_in_background()."""
     monkeypatch.chdir(tmp_path)
     server = uvicorn.Server(uvicorn.Config("chatkit_server:create_app", factory=True, log_config=None))
@@ -825,13 +811,13 @@ OLD_FILES: dict[str, tuple[int | None, str, str, bytes | None]] = {  # row of th
 }
 
 
-def old_file_of(file_id: str) -> dict[str, Any]:
+def old_file_of(file_id: str) -> Json:
     """As `extra` has an attachment."""
     _, name, mime_type, data = OLD_FILES[file_id]
     return {"id": file_id, "key": "k" * 32, "name": name, "mime_type": mime_type, "size": len(data or b"")}
 
 
-def shown_file(file_id: str, kind: str = "file", **more: Any) -> dict[str, Any]:
+def shown_file(file_id: str, kind: str = "file", **more: Any) -> Json:
     _, name, mime_type, _ = OLD_FILES[file_id]
     return {"id": file_id, "name": name, "mime_type": mime_type, "type": kind, "thread_id": "2", **more}
 
@@ -842,11 +828,10 @@ OLD_CARD = {"type": "Card", "children": [{"type": "Checkbox", "name": "task_1", 
 OLD_THOUGHT = {"type": "thought", "content": "Two tasks.", "status_indicator": "complete"}
 ANN = {"type": "input_tag", "id": "p1", "text": "Ann", "data": {"age": 7}, "group": "People"}
 OLD_MESSAGE = [
-    {"type": "input_text", "text": "Ask "},
-    {**ANN, "interactive": True},
+    {"type": "input_text", "text": "Ask "}, {**ANN, "interactive": True},
     {"type": "input_text", "text": " about it"},
-]
-WHY: dict[str, Any] = {"type": "freeform", "id": "why", "question": "Why?", "description": "In a word"}
+]  # fmt: skip
+WHY: Json = {"type": "freeform", "id": "why", "question": "Why?", "description": "In a word"}
 OLD_ANSWERED = [{**WHY, "answer": {"values": ["Cold"], "skipped": False}}]
 NOT_ANSWERED = [{**WHY, "answer": {"values": [], "skipped": True}}]
 OLD_ANSWERS = '[{"question": "Why?", "values": ["Cold"], "skipped": false}]'
@@ -854,15 +839,15 @@ NO_ANSWERS = '[{"question": "Why?", "skipped": true}]'
 LOCATE = {"name": "get_location", "arguments": {"exact": True}}
 
 
-def old_question(state: str, inputs: Any = (WHY,)) -> dict[str, Any]:
+def old_question(state: str, inputs: Any = (WHY,)) -> Json:
     return {"type": "structured_input", "status": state, "inputs": [*inputs]}
 
 
-def old_location(state: str, call_id: str, **more: Any) -> dict[str, Any]:
+def old_location(state: str, call_id: str, **more: Any) -> Json:
     return {"type": "client_tool_call", "status": state, "call_id": call_id, **LOCATE, **more}
 
 
-def old_task(title: str, state: str, **more: Any) -> dict[str, Any]:
+def old_task(title: str, state: str, **more: Any) -> Json:
     return {"type": "task", "task": {"type": "custom", "title": title, "status_indicator": state, **more}}
 
 
@@ -945,10 +930,9 @@ def old_file(tmp_path: Path) -> Path:
         db.executescript(VERSION_2)
         for number, row in enumerate(OLD_ROWS, 1):
             call = row.call and json.dumps([dict(zip(("id", "name", "args"), row.call, strict=True))])
-            extra = row.extra and json.dumps(row.extra)
-            text = (number, row.conversation_id, row.role, row.content, call, extra)
-            values = (*text, row.status, row.feedback, old_time(number))
-            db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            values = [number, row.conversation_id, row.role, row.content, call]
+            values += [row.extra and json.dumps(row.extra), row.status, row.feedback, old_time(number)]
+            db.execute(f"INSERT INTO messages VALUES ({', '.join('?' * 9)})", values)
         for file_id, (row_id, *file) in OLD_FILES.items():
             sql = "INSERT INTO attachments VALUES (?, 'local', ?, 'k', ?, ?, 5, ?, '')"
             db.execute(sql, (file_id, row_id, *file))
@@ -956,9 +940,9 @@ def old_file(tmp_path: Path) -> Path:
     return tmp_path / "old.db"
 
 
-def shown_of(row: OldRow) -> dict[str, Any]:
+def shown_of(row: OldRow) -> Json:
     if row.shown:
-        return cast(dict[str, Any], row.shown)
+        return cast(Json, row.shown)
     if row.call:
         _, name, arguments = row.call
         content = f"{json.dumps(arguments, ensure_ascii=False)}\n{row.content}" if arguments else row.content
@@ -969,7 +953,7 @@ def shown_of(row: OldRow) -> dict[str, Any]:
     return {"type": "assistant_message", "content": text}
 
 
-def told(item: dict[str, Any]) -> str:
+def told(item: Json) -> str:
     if item.get("type") == "function_call":
         return f"> {item['call_id']} {item['name']} {item['arguments']}"
     if item.get("type") == "function_call_output":
@@ -978,10 +962,11 @@ def told(item: dict[str, Any]) -> str:
     return "|".join(part.get("text") or part["image_url"] for part in parts)
 
 
-@pytest.mark.parametrize("thread", TOLD)
+@parametrize("thread", TOLD)
 def test_an_older_file_is_shown_as_before_to_the_reader_and_to_the_model(old_file: Path, thread: int) -> None:
     """Twice: the file is brought forward once."""
-    old = [(number, row) for number, row in enumerate(OLD_ROWS, 1) if row.conversation_id == thread]
+    of_thread = [(number, row) for number, row in enumerate(OLD_ROWS, 1) if row.conversation_id == thread]
+    old = [(number, row) for number, row in of_thread if row.role != "system"]
     agent, path = scripted(["Yes."]), f"/api/conversations/{thread}"
     for _ in range(2):
         with serving(agent, database=str(old_file)) as client:
@@ -991,12 +976,9 @@ def test_an_older_file_is_shown_as_before_to_the_reader_and_to_the_model(old_fil
     assert page["data"] == [
         {"id": str(number), "thread_id": str(thread), "created_at": old_time(number)} | shown_of(row)
         for number, row in old
-        if row.role != "system"
     ]
     assert [(row["id"], row["status"], row["feedback"]) for row in rows] == [
-        (number, row.status.replace("streaming", "interrupted"), row.feedback)
-        for number, row in old
-        if row.role != "system"
+        (number, row.status.replace("streaming", "interrupted"), row.feedback) for number, row in old
     ]
     with serving(agent, database=str(old_file)) as client:
         client.patch(path, json={"status": "active"}).raise_for_status()
@@ -1020,7 +1002,7 @@ async def test_an_older_file_keeps_its_search_tasks_files_ids_and_other_tables(o
     )
     async with ck.Store(old_file) as store, ck.Store(":memory:") as new:
         for (user_id, words), found in FOUND.items():
-            assert [row["id"] for row in await store.search_conversations(user_id, words)] == found, words
+            assert [row["id"] for row in await store.search_conversations(user_id, words, 9)] == found, words
         tasks = {task["title"]: task["done"] for task in await store.tasks("local")}
         assert tasks == {"Milk": True, "Tea ☕": False}
         assert (await store.conversation("local", 4) or {})["status_reason"] == "Under review"
@@ -1055,27 +1037,25 @@ add buy tea to my list | THREE, buy tea | Added “buy tea” to your list
 Please add “tea” to the to-do list! | THREE, tea | It is task 4
 remind me to call Dr. Smith | THREE, call Dr. Smith | Added
 add tea, eggs and bread | THREE, tea, eggs, bread | It is task 6
-create a task to nap | THREE, nap | Added “nap”
 show my tasks | THREE | - **2** call mom
 What's on my list? | THREE | - **3** water plants
 complete buy milk | buy milk!, call mom, water plants | Marked “buy milk” as done
-complete the second one | buy milk, call mom!, water plants | Marked “call mom” as done
 mark task 3 as done | buy milk, call mom, water plants! | Marked “water plants” as done
-the washing is done | THREE | no single task
-water is done | buy milk, call mom, water plants! | Marked
+finish the water | buy milk, call mom, water plants! | Marked
 rename 1 to buy oat milk | buy oat milk, call mom, water plants | Task 1 is now “buy oat milk”
 delete buy milk from my list | call mom, water plants | Removed “buy milk” from your list
-Could you delete the last one, please? | buy milk, call mom | Removed “water plants”
-delete all tasks | | Removed “call mom”
-delete 77 | THREE | There is no task 77
-complete the washing | THREE | no single task that fits “the washing”
-add tea, then complete 1, delete the last one; show my list | buy milk!, call mom, water plants | milk (done)
+Delete #3, please! | buy milk, call mom | Removed “water plants”
+delete 77 | THREE | There is no single task “77”
+complete the washing | THREE | There is no single task “the washing”
+remove m | THREE | There is no single task “m”
+add tea, then complete tea, delete 3; show my list | buy milk, call mom, tea! | tea (done)
 call add_task {"title": "show my tasks"} | THREE, show my tasks | Added
+call complete_task {"task": " "} | THREE | These arguments do not fit
 what is the meaning of life? | THREE | demo model
 """
 
 
-@pytest.mark.parametrize("sentence", SENTENCES.split("\n")[1:-1])
+@parametrize("sentence", SENTENCES.split("\n")[1:-1])
 def test_the_demo_model_keeps_a_list_in_ordinary_sentences(sentence: str) -> None:
     message, tasks, answer = (part.strip() for part in sentence.replace("THREE", THREE).split("|"))
     with serving() as client:
@@ -1108,9 +1088,9 @@ hello | | set OPENAI_API_KEY, GEMINI_API_KEY or CHATKIT_MODEL
 hello | | “call echo”
 call nothing | | “call sketch”
 call echo {"text": "hi"} | {"text": "hi"} | {"echo": "hi"}
-Call echo {"text": "call me"} and call sketch | {"text": "call me"}, {} | a dot (image)
-call sketch then call silence | {}, {} | silence
-call echo {text: hi} | {} | The tool `echo` answered
+Call echo {"text": "call me"} and call sketch | {"text": "call me"}, {} | `sketch` answered: a dot
+call sketch then call silence | {}, {} | `silence` answered
+call echo {text: hi} | {} | These arguments do not fit the parameters of echo
 call transfer_to_billing | {} | Billing has taken over
 call transfer_to_billing, then call refund {"text": "5"} | {}, {"text": "5"} | refunded 5
 echo: hi | {"text": "hi"} | The tool `echo` answered
@@ -1126,14 +1106,12 @@ def desk() -> Iterator[Client]:
         yield client
 
 
-@pytest.mark.parametrize("row", CALLS.split("\n")[1:-1])
+@parametrize("row", CALLS.split("\n")[1:-1])
 def test_the_demo_model_calls_what_is_named_or_forced_of_any_agent(row: str, desk: Client) -> None:
     message, calls, answer = (part.strip() for part in row.split("|"))
     forced, _, rest = message.partition(": ")
-    choice = (
-        {"message": rest, "tool_choice": forced} if forced in ("echo", "sketch") else {"message": message}
-    )
-    events = desk.send_message(**choice)
+    is_forced = forced in ("echo", "sketch")
+    events = desk.send_message(rest, tool_choice=forced) if is_forced else desk.send_message(message)
     assert [event["args"] for event in of_type(events, "tool_call")] == json.loads(f"[{calls}]")
     assert answer in said(events) and events[-1]["status"] == "completed"
     assert desk.get("/health").json()["model"] == "demo"
@@ -1146,7 +1124,7 @@ def test_the_demo_model_streams_words_and_counts_them() -> None:
     assert len(words) == len("".join(words).split()) == events[-1]["usage"]["output_tokens"] > 20
 
 
-@pytest.mark.parametrize("message", ["\n" * 32_000, "!" * 31_999 + "x", "and " * 8000, "to my x " * 3900])
+@parametrize("message", ["\n" * 32_000, "!" * 31_999 + "x", "and " * 8000, "to my x " * 3900])
 def test_the_demo_model_is_not_held_up_by_odd_texts(message: str) -> None:
     started = time.monotonic()
     ck.understand(message)
@@ -1168,12 +1146,12 @@ class Status(int):
 CHAT_DELTAS = {str: "content", Think: "reasoning_content", Refuse: "refusal"}
 
 
-def chat_completion(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
+def chat_completion(steps: list[Any], body: Json) -> Iterator[Any]:
     """Steps as `chat.completion.chunk`s."""
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
     calls, reason = itertools.count(), "stop"
 
-    def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    def chunk(delta: Json, reason: str | None = None) -> Json:
         return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
     for step in steps:
@@ -1196,10 +1174,10 @@ def chat_completion(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
     yield b"data: [DONE]\n\n"
 
 
-def gemini(steps: list[Any], body: dict[str, Any]) -> Iterator[Any]:
+def gemini(steps: list[Any], body: Json) -> Iterator[Any]:
     """Steps as what `streamGenerateContent?alt=sse` sends."""
 
-    def chunk(part: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    def chunk(part: Json, **fields: Any) -> Json:
         return {"candidates": [{"content": {"parts": [part], "role": "model"}, "index": 0, **fields}]}
 
     reason = "STOP"
@@ -1239,7 +1217,7 @@ class Provider(ThreadingHTTPServer):
 
     def says(self, *answers: Any) -> None:
         """From now on."""
-        self.answers, self.requests = answers, list[dict[str, Any]]()
+        self.answers, self.requests = answers, list[Json]()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is what some tests are about."""
@@ -1251,6 +1229,13 @@ class ProviderHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not a word."""
+
+    def do_GET(self) -> None:
+        """As somebody who has public keys: the answer as it is; where that is nothing, he is out of order."""
+        self.server.requests.append({"path": self.path})
+        self.send_response(200 if self.server.answers[0] else 500)
+        self.end_headers()
+        self.wfile.write(self.server.answers[0])
 
     def do_POST(self) -> None:
         provider, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -1349,7 +1334,7 @@ def line(request: pytest.FixtureRequest) -> Iterator[Line]:
         yield request.param, client, provider
 
 
-def provider_was_shown(request: dict[str, Any]) -> list[tuple[str, str]]:
+def provider_was_shown(request: Json) -> list[tuple[str, str]]:
     """What the model was shown in any protocol: ("user", text), ("call", id), ("output", id) and so on.
 
     Gemini has no ids: a call has its signature instead, and an output nothing.
@@ -1428,8 +1413,8 @@ def test_a_providers_tool_calls_run_and_go_back_to_it_as_they_were(line: Line) -
     assert after == [asked, *earlier, ("assistant", "Both are in."), ("user", "sure?")]
 
 
-@pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("way", ["cancel", "leave"])
+@parametrize("early", [True, False])
+@parametrize("way", ["cancel", "leave"])
 def test_stopping_closes_the_providers_connection(line: Line, way: str, early: bool) -> None:
     _, client, provider = line
     pause = Wait()
@@ -1482,7 +1467,7 @@ FAILURES_OF_GEMINI: dict[str, Failure | None] = {  # where it, or LiteLLM, is ot
 SAFE_TEXTS = re.compile(r"The (model|answer|connection)[A-Za-z' ,:.]+")
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@parametrize("failure", FAILURES)
 def test_a_provider_that_fails_is_explained_and_the_next_message_works(line: Line, failure: str) -> None:
     protocol, client, provider = line
     case = {**FAILURES, **(FAILURES_OF_GEMINI if protocol == "gemini" else {})}[failure]
@@ -1509,8 +1494,6 @@ def test_a_provider_that_fails_is_explained_and_the_next_message_works(line: Lin
 
 
 MISFIT = {"error": "These arguments do not fit the parameters of add_task."}
-
-
 BAD_CALLS: dict[Call, Any] = {  # with their results
     Call("no_such_tool"): "Tool 'no_such_tool' not found.",
     Call("add_task", '{"title": "mi'): MISFIT,
@@ -1519,7 +1502,7 @@ BAD_CALLS: dict[Call, Any] = {  # with their results
 }
 
 
-@pytest.mark.parametrize("call", BAD_CALLS, ids=lambda call: call.name)
+@parametrize("call", BAD_CALLS, ids=lambda call: call.name)
 def test_a_failing_tool_call_is_told_to_the_model_which_goes_on(line: Line, call: Call) -> None:
     protocol, client, provider = line
     if protocol == "gemini" and not call.arguments.endswith("}"):
@@ -1533,7 +1516,7 @@ def test_a_failing_tool_call_is_told_to_the_model_which_goes_on(line: Line, call
     assert said(client.send_message("again", events[0]["thread_id"])) == "Next."
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@parametrize("protocol", PROTOCOLS)
 def test_an_answer_that_stops_dead_times_out_and_a_gone_provider_is_unreachable(protocol: str) -> None:
     @function_tool
     async def hanging() -> None:
@@ -1541,7 +1524,7 @@ def test_an_answer_that_stops_dead_times_out_and_a_gone_provider_is_unreachable(
 
     dead: list[list[Any]] = [[Wait()], ["Half ", Wait()], ["I'll ask.", Call("hanging")]]
 
-    def answer(body: dict[str, Any]) -> list[Any]:
+    def answer(body: Json) -> list[Any]:
         return next(steps for number, steps in enumerate(dead) if f"message {number}" in json.dumps(body))
 
     agent = Agent(name="Hanging", tools=[hanging])
@@ -1594,7 +1577,7 @@ sys.exit(ck.main())
 def test_only_the_provider_is_called_and_no_key_that_it_quotes_comes_into_the_log(tmp_path: Path) -> None:
     (tmp_path / "chatkit_server.py").write_text(WATCHED)
     answers = [[Status(401)], ["Half ", b"data: " + KEY.encode() + b"\n\n"], [""], ["Well."]]
-    told: list[dict[str, Any]] = []
+    told: list[Json] = []
     with Provider() as provider:
         (settings, _), (others, env) = (pointing_at(provider, protocol) for protocol in ("chat", "gemini"))
         env |= env_of(others) | env_of(settings) | {"CHATKIT_LOG_LEVEL": "debug"}
@@ -1630,8 +1613,8 @@ demo DemoModel:
 """
 
 
-@pytest.mark.parametrize("choice", GIVEN_MODELS.split("\n")[1:-1])
-def test_the_first_that_is_given_chooses_the_model(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@parametrize("choice", GIVEN_MODELS.split("\n")[1:-1])
+def test_the_first_that_is_given_chooses_the_model(choice: str, monkeypatch: Any) -> None:
     chosen, _, given = choice.partition(":")
     for name, _, value in (each.partition("=") for each in given.split()):
         monkeypatch.setenv(name, value)
@@ -1654,7 +1637,7 @@ WRONG_NAMES = {
     "nobody/x": "LiteLLM knows no provider",
     "/": "LiteLLM knows no provider",
 }
-WHERE_NAMED: dict[str, Callable[[str], tuple[Any, dict[str, Any]]]] = {  # agent and settings
+WHERE_NAMED: dict[str, Callable[[str], tuple[Any, Json]]] = {  # agent and settings
     "CHATKIT_MODEL": lambda name: (None, {"model": name}),
     "CHATKIT_MODELS": lambda name: (None, {"models": f"fast=demo,smart={name}"}),
     "the agent's": lambda name: (Agent(name="A", model=name), {}),
@@ -1664,8 +1647,8 @@ WHERE_NAMED: dict[str, Callable[[str], tuple[Any, dict[str, Any]]]] = {  # agent
 }
 
 
-@pytest.mark.parametrize("name", WRONG_NAMES)
-@pytest.mark.parametrize("place", WHERE_NAMED)
+@parametrize("name", WRONG_NAMES)
+@parametrize("place", WHERE_NAMED)
 def test_a_model_that_cannot_work_is_refused_at_the_start(place: str, name: str) -> None:
     agent, settings = WHERE_NAMED[place](name)
     with pytest.raises(ck.SettingsError) as refusal:
@@ -1675,7 +1658,7 @@ def test_a_model_that_cannot_work_is_refused_at_the_start(place: str, name: str)
     assert name in ("gpt-x", "openai/gpt-4o") or "OpenAI" not in told
 
 
-@pytest.mark.parametrize("name", ["litellm/gemini/gemini-2.5-flash", "gemini/gemini-2.5-flash"])
+@parametrize("name", ["litellm/gemini/gemini-2.5-flash", "gemini/gemini-2.5-flash"])
 def test_a_name_in_an_agent_means_what_it_means_in_the_settings(name: str) -> None:
     agent = Agent(name="A", model=name)
     with talking_to("gemini", ["Hello."], agent=agent) as (client, provider):
@@ -1692,15 +1675,10 @@ SOURCE = {"type": "url", "url": "https://example.com/oats"}
 SEARCH = {"type": "search", "query": "oat milk", "sources": [SOURCE]}
 SEARCHED = {"type": "web_search_call", "id": "ws_1", "action": SEARCH}
 FILES = {"type": "file_search_call", "id": "fs_1", "queries": ["oats"], "results": [{"filename": "oats.pdf"}]}
-CODE: dict[str, Any] = {
-    "type": "code_interpreter_call",
-    "id": "ci_1",
-    "code": "print(6 * 7)",
-    "container_id": "c1",
-}
-CODE |= {"outputs": [{"type": "logs", "logs": "42"}]}
+CODE: Json = {"type": "code_interpreter_call", "id": "ci_1", "code": "print(6 * 7)"}
+CODE |= {"container_id": "c1", "outputs": [{"type": "logs", "logs": "42"}]}
 MCP_CALL = {"type": "mcp_call", "id": "mcp_1", "name": "lookup", "server_label": "s", "arguments": "{}"}
-SHELL: dict[str, Any] = {"type": "local_shell_call", "id": "sh_1", "call_id": "c"}
+SHELL: Json = {"type": "local_shell_call", "id": "sh_1", "call_id": "c"}
 SHELL |= {"action": {"type": "exec", "command": ["ls"], "env": {}}}
 DRAWN = {"type": "image_generation_call", "id": "ig_1", "result": PIXEL}
 CITED = {"type": "url_citation", "url": "https://e.com", "title": "E", "start_index": 0, "end_index": 3}
@@ -1710,10 +1688,10 @@ CITED = {"type": "url_citation", "url": "https://e.com", "title": "E", "start_in
 class Told:
     """What came of one message: a dialect's events; REST's messages and ChatKit's items after a restart."""
 
-    events: list[dict[str, Any]]
+    events: list[Json]
     order: list[str]  # of the events, called as the plain dialect does
-    rows: list[dict[str, Any]]
-    items: list[dict[str, Any]]
+    rows: list[Json]
+    items: list[Json]
     next_input: list[Any]  # what the model was shown for a further message
 
     @property
@@ -1745,15 +1723,14 @@ def tell(tmp_path: Path, dialect: str) -> Callable[..., Told]:
         with serving(agent, **options) as client:
             rows, kept = client.messages(1), items(client)
             client.send_message("and now?", 1)
-        order = (
-            kinds(events) if dialect == "plain" else [PLAIN_NAMES.get(name, name) for name in shape(events)]
-        )
+        names = kinds(events) if dialect == "plain" else shape(events)
+        order = [PLAIN_NAMES.get(name, name) for name in names]
         return Told(events, order, rows, kept, shown_to(agent) if isinstance(agent, Agent) else [])
 
     return tell
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("call", "kind", "shows"),
     [
         (SEARCHED, "web_search", ["oat milk", "https://example.com/oats"]),
@@ -1763,9 +1740,7 @@ def tell(tmp_path: Path, dialect: str) -> Callable[..., Told]:
         (SHELL, "custom", ["Local shell"]),
     ],
 )
-def test_a_hosted_tool_is_one_item_where_it_happened(
-    call: Any, kind: str, shows: list[str], tell: Any
-) -> None:
+def test_a_hosted_tool_is_an_item_where_it_ran(call: Any, kind: str, shows: list[str], tell: Any) -> None:
     agent = scripted([call, "It is ", "so."], ["Again."])
     told = tell(agent)
     assert told.roles == "user tool assistant" and told.rows[2]["content"] == "It is so."
@@ -1786,7 +1761,8 @@ def test_what_the_responses_api_streams_arrives_once_and_goes_back_to_it() -> No
         client.send_message("and now?", 1)
     types = "user_message workflow task task generated_image assistant_message"
     assert " ".join(item["type"] for item in kept) == types
-    assert shape(events).count("generated_image.updated") == 1
+    [partial] = [update["image"] for update in updates_in(events) if "image" in update]
+    assert partial["url"].startswith("http")
     [content] = kept[-1]["content"]
     assert content["text"] == "See this." and len(content["annotations"]) == 1
     sent = [item for item in provider.requests[-1]["body"]["input"] if "type" in item]
@@ -1795,9 +1771,8 @@ def test_what_the_responses_api_streams_arrives_once_and_goes_back_to_it() -> No
 
 
 def test_pictures_are_files_at_urls_of_ours_and_carried_by_nothing_else(tell: Any, tmp_path: Path) -> None:
-    snap = function_tool(
-        lambda: ToolOutputImage(image_url=f"data:image/png;base64,{PIXEL}"), name_override="snap"
-    )
+    shot = ToolOutputImage(image_url=f"data:image/png;base64,{PIXEL}")
+    snap = function_tool(lambda: shot, name_override="snap")
     agent = scripted([Call("snap"), DRAWN], ["Look."], ["Again."], tools=[snap])
     told = tell(agent)
     pictures = [item["image"]["url"] for item in told.items if item["type"] == "generated_image"]
@@ -1814,7 +1789,7 @@ def test_pictures_are_files_at_urls_of_ours_and_carried_by_nothing_else(tell: An
     assert output[0]["type"] == "input_image" and PIXEL in output[0]["image_url"]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("given", "source"),
     [
         (CITED, {"type": "url", "url": "https://e.com", "title": "E"}),
@@ -1824,9 +1799,7 @@ def test_pictures_are_files_at_urls_of_ours_and_carried_by_nothing_else(tell: An
         ({"type": "url_citation", "address": "https://e.com"}, None),
     ],
 )
-def test_citations_become_annotations_and_a_strange_one_costs_itself(
-    given: Any, source: Any, tell: Any
-) -> None:
+def test_citations_become_annotations_and_an_odd_one_costs_itself(given: Any, source: Any, tell: Any) -> None:
     told = tell(scripted(["As said ", given, "there."], ["Again."]))
     [content] = told.items[-1]["content"]
     assert content["text"] == "As said there."
@@ -1848,7 +1821,7 @@ def asking(*paths: str) -> Agent[Any]:
     return scripted(calls, ["Done."], ["Again."], tools=[wipe])
 
 
-def answer(client: Client, answers: Any, dialect: str) -> list[dict[str, Any]]:
+def answer(client: Client, answers: Any, dialect: str) -> list[Json]:
     """The events after answers to the question in conversation 1."""
     [item] = items(client, "structured_input")
     body = {"item_id": item["id"], "input": {"status": "answered", "answers": answers}}
@@ -1881,19 +1854,7 @@ def test_a_tool_that_needs_approval_asks_and_goes_on_after_a_restart(tmp_path: P
     assert outcomes(agent) == decided
 
 
-def test_a_new_message_instead_of_approval_counts_as_rejecting() -> None:
-    agent = asking("1")
-    with serving(agent) as client:
-        client.send_message("go")
-        client.send_message("never mind", 1)
-        assert items(client, "structured_input")[0]["status"] == "skipped"
-        assert [row["status"] for row in client.messages(1)][1:3] == ["cancelled", "cancelled"]
-    assert "c1" in outcomes(agent) and "wiped" not in outcomes(agent)["c1"]
-
-
-def test_an_agent_may_be_a_tool_whose_result_is_its_words_and_whose_tools_need_approval(
-    tmp_path: Path,
-) -> None:
+def test_an_agent_may_be_a_tool_that_gives_its_words_and_asks_for_approval(tmp_path: Path) -> None:
     inner, file = asking("1"), str(tmp_path / "a.db")
     helper = inner.as_tool("helper", "Helps.")
     outer = scripted([Call("helper", {"input": "x"}, "o1")], ["All done."], tools=[helper])
@@ -1903,18 +1864,15 @@ def test_an_agent_may_be_a_tool_whose_result_is_its_words_and_whose_tools_need_a
     with serving(outer, database=file) as client:
         answers = {asked["id"]: {"values": [asked["options"][0]["value"]]}}
         assert said(answer(client, answers, "plain")) == "All done."
-        assert [row["content"] for row in client.messages(1) if row["role"] != "item"] == [
-            "go",
-            "Done.",
-            "All done.",
-        ]
+        said_last = [row["content"] for row in client.messages(1) if row["role"] != "item"]
+    assert said_last == ["go", "Done.", "All done."]
     assert outcomes(inner) == {"c1": "wiped 1"}
 
 
 # ---- handoffs, tools, guardrails
 
 
-@pytest.mark.parametrize("kind", ["agent", "handoff", "filter"])
+@parametrize("kind", ["agent", "handoff", "filter"])
 def test_a_handoff_is_shown_and_lasts(kind: str, tmp_path: Path, tell: Any) -> None:
     billing = scripted(["Billing here."], ["Still billing."], name="Billing")
     passed = handoff(billing, input_filter=remove_all_tools if kind == "filter" else None)
@@ -1931,6 +1889,31 @@ def test_a_handoff_is_shown_and_lasts(kind: str, tmp_path: Path, tell: Any) -> N
         assert said(client.send_message("hello", 1)) == "Who?"
 
 
+def test_what_a_tool_streams_is_a_message_of_its_own(tell: Any) -> None:
+    @function_tool
+    async def mumble(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        await wrapper.context.stream({"type": "text", "content": "Hm."})
+        return "ok"
+
+    told = tell(scripted([Call("mumble")], ["Done."], tools=[mumble]))
+    assert [row["content"] for row in told.rows] == ["go", "ok", "Hm.", "Done."]
+
+
+class Late(Script):
+    """Streams nothing but its end."""
+
+    async def stream_response(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        *_, end = [event async for event in super().stream_response(*args, **kwargs)]
+        yield end
+
+
+def test_a_model_that_streams_only_its_end_says_it_all_once(tell: Any) -> None:
+    model = Late(["Let me see.", Call("echo", {"text": "x"})], ["Done."])
+    told = tell(Agent(name="Late", model=model, tools=[echo]))
+    assert told.roles == "user assistant tool assistant"
+    assert [told.rows[1]["content"], told.rows[3]["content"]] == ["Let me see.", "Done."]
+
+
 def test_stopping_at_a_tool_that_returns_nothing_says_nothing(tell: Any) -> None:
     nothing = function_tool(lambda: None, name_override="nothing")
     told = tell(scripted([Call("nothing")], tools=[nothing], tool_use_behavior="stop_on_first_tool"))
@@ -1944,8 +1927,8 @@ def test_structured_output_is_a_code_block_and_the_model_sees_it_as_it_was(tell:
     assert told.next_input[1]["content"] == '{"count": 3}'
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("is_async", [False, True])
+@parametrize("error", [SystemExit, KeyboardInterrupt])
+@parametrize("is_async", [False, True])
 def test_a_tool_that_exits_fails_like_any_other(error: Any, is_async: bool) -> None:
     def leave() -> str:
         raise error
@@ -1965,7 +1948,7 @@ async def no_secrets(context: Any, agent: Any, text: Any) -> GuardrailFunctionOu
     return GuardrailFunctionOutput(output_info=None, tripwire_triggered="secret" in json.dumps(text))
 
 
-@pytest.mark.parametrize("parallel", [True, False])
+@parametrize("parallel", [True, False])
 def test_a_message_that_a_guardrail_blocks_is_left_out_of_what_follows(parallel: bool) -> None:
     guardrail = input_guardrail(run_in_parallel=parallel)(no_secrets)
     agent = scripted(["Here ", "it is."], ["Fine."], input_guardrails=[guardrail])
@@ -1977,26 +1960,11 @@ def test_a_message_that_a_guardrail_blocks_is_left_out_of_what_follows(parallel:
 
 
 def test_what_an_output_guardrail_blocks_is_removed(tell: Any) -> None:
-    guardrails = [output_guardrail(no_secrets)]
-    told = tell(
-        scripted([Call("echo", {"text": "x"})], ["The secret."], ["Fine."], output_guardrails=guardrails)
-    )
+    turns: list[Any] = [[Call("echo", {"text": "x"})], ["The secret."], ["Fine."]]
+    told = tell(scripted(*turns, output_guardrails=[output_guardrail(no_secrets)]))
     assert told.roles == "user tool" and "item_removed" in told.order
     assert "secret" not in json.dumps([told.rows, told.next_input])
     assert told.rows[1]["error"]["code"] == "guardrail"
-
-
-def test_tool_guardrails_tell_the_model() -> None:
-    @tool_input_guardrail
-    async def never(data: Any) -> Any:
-        return ToolGuardrailFunctionOutput.reject_content("not allowed")
-
-    tool = function_tool(lambda: "ran", name_override="run")
-    tool.tool_input_guardrails = [never]
-    agent = scripted([Call("run", {}, "c1")], ["I see."], tools=[tool])
-    with serving(agent) as client:
-        assert said(client.send_message("go")) == "I see."
-    assert outcomes(agent) == {"c1": "not allowed"}
 
 
 # ---- functions and generators
@@ -2026,18 +1994,26 @@ def test_a_generator_is_an_agent(tell: Any) -> None:
     assert told.rows[1]["content"] == "You said: hello " and told.items[2]["widget"] == CARD
 
 
-@pytest.mark.parametrize(
-    ("message", "status", "answers"),
-    [
-        ("raise", "failed", ["You said: "]),
-        ("much", "completed", ["You said: " + "much " * 10_000]),
-        ("nothing", "completed", []),
-        ("wait", "cancelled", ["You said: "]),
-    ],
-)
-def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(
-    message: str, status: str, answers: list[str]
-) -> None:
+def test_what_a_tool_guardrail_rejects_is_told_to_the_model() -> None:
+    @tool_input_guardrail
+    async def never(data: Any) -> Any:
+        return ToolGuardrailFunctionOutput.reject_content("not allowed")
+
+    tool = function_tool(lambda: "ran", name_override="run")
+    tool.tool_input_guardrails = [never]
+    agent = scripted([Call("run", {}, "c1")], ["I see."], tools=[tool])
+    with serving(agent) as client:
+        assert said(client.send_message("go")) == "I see."
+    assert outcomes(agent) == {"c1": "not allowed"}
+
+
+TALK = {"raise": ("failed", ["You said: "]), "wait": ("cancelled", ["You said: "])}
+TALK |= {"much": ("completed", ["You said: " + "much " * 10_000]), "nothing": ("completed", [])}
+
+
+@parametrize("message", TALK)
+def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(message: str) -> None:
+    status, answers = TALK[message]
     with serving(chatty) as client, ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.send_message, message)
         if message == "wait":
@@ -2049,25 +2025,19 @@ def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(
         assert [row["content"] for row in client.messages(1)[1:] if row["role"] == "assistant"] == answers
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_a_function_makes_the_agent_of_each_turn(is_async: bool) -> None:
+def test_a_function_makes_the_agent_of_each_turn() -> None:
     made: list[Any] = []
 
-    def make(context: ck.TurnContext) -> Agent[Any]:
+    async def make(context: ck.TurnContext) -> Agent[Any]:  # or `def`, as below
         made.append((context.user_id, context.tool_choice, context.thread.title))
         return scripted([f"As {context.tool_choice}."])
 
-    async def make_async(context: ck.TurnContext) -> Agent[Any]:
-        return make(context)
-
-    with serving(make_async if is_async else make) as client:
+    with serving(make) as client:
         assert said(client.send_message("hi", tool_choice="poet")) == "As poet."
     assert made == [("local", "poet", "hi")]
 
 
-async def test_without_a_server_an_answer_goes_on_and_leaving_its_loop_stops_it(
-    tmp_path: Path, caplog: Any
-) -> None:
+async def test_without_a_server_an_answer_goes_on_and_leaving_stops_it(tmp_path: Path, caplog: Any) -> None:
     wait, file = Wait(), tmp_path / "left.db"
     agent = scripted(["Ready."], ["So far. ", wait])
     async with ck.Store(file) as store:
@@ -2100,15 +2070,13 @@ def test_mcp_servers_are_connected_and_one_that_cannot_be_is_a_warning(tmp_path:
     params: Any = {"command": sys.executable, "args": [str(tmp_path / "tiny.py")]}
     good = MCPServerStdio(params, name="tiny", client_session_timeout_seconds=20)
     bad = MCPServerStdio(cast(Any, {"command": str(tmp_path / "nothing")}), name="broken")
-    turn: list[list[Any]] = [[Call("add", {"a": 1, "b": 2})], ["Three."]]
-    app = make_app(scripted(*turn, *turn, tools=[], mcp_servers=[good, bad]))
-    outer = FastAPI()
+    agent = scripted([Call("add", {"a": 1, "b": 2})], ["Three."], tools=[], mcp_servers=[good, bad])
+    app, outer = make_app(agent), FastAPI()
     outer.mount("/inner", app)
     outer.state.chat = app.state.chat
-    for served, prefix in ((app, ""), (outer, "/inner")):
-        with ck.serve_in_background(served) as url, Client(base_url=url + prefix) as client:
-            events = client.send_message("go")
-        assert of_type(events, "tool_result")[0]["result"] == "3" and said(events) == "Three."
+    with ck.serve_in_background(outer) as url, Client(base_url=f"{url}/inner") as client:
+        events = client.send_message("go")
+    assert of_type(events, "tool_result")[0]["result"] == "3" and said(events) == "Three."
     assert any("broken" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 
 
@@ -2152,7 +2120,7 @@ def validated(operation: str, answer: Any) -> Any:
     return answer
 
 
-def asked(operation: str, **params: Any) -> dict[str, Any]:
+def asked(operation: str, **params: Any) -> Json:
     """A request's body; in thread 1 where no other is named."""
     elsewhere = operation in ("threads.create", "threads.list", "input.transcribe")
     at = {} if elsewhere or operation.startswith("attachments.") else {"thread_id": "1"}
@@ -2180,18 +2148,18 @@ def refused(client: Client, operation: str, **params: Any) -> tuple[int, str]:
     return response.status_code, detail
 
 
-def create(client: Client, text: str = "hello", **fields: Any) -> list[dict[str, Any]]:
+def create(client: Client, text: str = "hello", **fields: Any) -> list[Json]:
     """Begin a thread."""
     return list(exchange(client, "threads.create", input=user_input(text, **fields)))
 
 
-def send(client: Client, text: str, thread_id: str = "1", **fields: Any) -> list[dict[str, Any]]:
+def send(client: Client, text: str, thread_id: str = "1", **fields: Any) -> list[Json]:
     """Go on in a thread."""
     message = user_input(text, **fields)
     return list(exchange(client, "threads.add_user_message", thread_id=thread_id, input=message))
 
 
-def items(client: Client, *types: str, thread_id: str = "1") -> list[dict[str, Any]]:
+def items(client: Client, *types: str, thread_id: str = "1") -> list[Json]:
     """What is in a thread, oldest first; only of some types where those are given."""
     page = exchange(client, "items.list", thread_id=thread_id, limit=1000, order="asc")
     assert not page["has_more"]
@@ -2203,21 +2171,21 @@ def texts(client: Client) -> list[str]:
     return [item["content"][0]["text"] for item in items(client, "user_message", "assistant_message")]
 
 
-def items_in(events: list[dict[str, Any]], *types: str) -> list[dict[str, Any]]:
+def items_in(events: list[Json], *types: str) -> list[Json]:
     """The items that events bring."""
     found = [event["item"] for event in events if "item" in event]
     return [item for item in found if not types or item["type"] in types]
 
 
-def last_item(events: list[dict[str, Any]]) -> dict[str, Any]:
+def last_item(events: list[Json]) -> Json:
     return items_in(events)[-1]
 
 
-def updates_in(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def updates_in(events: list[Json]) -> list[Json]:
     return [event["update"] for event in events if "update" in event]
 
 
-def shape(events: list[dict[str, Any]]) -> list[str]:
+def shape(events: list[Json]) -> list[str]:
     """Event types; with the type of the item where there is one, and for an update the type of that."""
     types = [(event["type"], event.get("item", {}).get("type"), event.get("update", {})) for event in events]
     return [update.get("type") or (f"{event} {item}" if item else event) for event, item, update in types]
@@ -2228,7 +2196,6 @@ CHOICE = {"type": "multiple_choice", "id": "q1", "question": "Which?", "multiple
 CHOICE["options"] = [{"value": "a"}, {"value": "b"}]
 SEVERAL = {**CHOICE, "id": "q2", "question": "Which ones?", "multiple": True}
 OPEN = {"type": "freeform", "id": "q3", "question": "Why?", "description": "In your words"}
-Wrapper = RunContextWrapper[ck.TurnContext]
 
 
 @function_tool
@@ -2258,14 +2225,12 @@ async def give_back(what: str) -> str:
     return what
 
 
-TOOLBOX = Agent[Any](  # calls what a person names
-    name="Demo", model=ck.DemoModel(delay=0), tools=[give_back, choose, survey, draw]
-)
+TOOLBOX = Agent[Any](name="Demo", tools=[give_back, choose, survey, draw])  # calls what a person names
 
 
 def talker(*responses: list[Any]) -> Agent[Any]:
     """A scripted agent with all the tools above."""
-    return scripted(*responses, tools=[echo, choose, survey, draw, bustle])
+    return scripted(*responses, tools=[echo, choose, survey, draw, bustle, wipe])
 
 
 def shown(agent: Agent[Any]) -> str:
@@ -2273,7 +2238,7 @@ def shown(agent: Agent[Any]) -> str:
     return json.dumps(shown_to(agent), ensure_ascii=False)
 
 
-async def redraw(context: ck.TurnContext, action: dict[str, Any], item: dict[str, Any] | None) -> None:
+async def redraw(context: ck.TurnContext, action: Json, item: Json | None) -> None:
     """An action handler: says "changed" on the widget, or fails as the action asks."""
     if action["type"] == "refuse":
         raise ValueError("no such action")
@@ -2303,7 +2268,7 @@ def test_the_events_are_those_of_the_recorded_exchange_and_what_they_end_in_is_s
         *[TOKENS] * 3, [Call("echo", {"text": "x"})], TOKENS, [Call("choose")], TOKENS,
         [Call("draw")], TOKENS, [Call("survey")], TOKENS, [RuntimeError("boom")], [Call("bustle")], [],
     )  # fmt: skip
-    database, every = str(tmp_path / "chat.db"), list[dict[str, Any]]()
+    database, every = str(tmp_path / "chat.db"), list[Json]()
     with serving(agent, on_action=redraw, database=database) as client:
 
         def exchanged(operation: str, **params: Any) -> list[str]:
@@ -2360,26 +2325,14 @@ def test_the_events_are_those_of_the_recorded_exchange_and_what_they_end_in_is_s
         assert items(client) == before
 
 
-def test_a_conversation_goes_on_in_the_other_dialect() -> None:
-    agent = talker(["one"], [Call("choose", call_id="c")], ["two"], ["three"])
-    with serving(agent) as client:
-        client.send_message("first")
-        send(client, "second")
-        client.post("/api/conversations/1/tool_output", json={"id": "c", "result": [1]}).raise_for_status()
-        client.send_message("third", 1)
-        assert texts(client) == ["first", "one", "second", "two", "third", "three"]
-        assert all(word in shown(agent) for word in texts(client)[:-1])
-
-
 def test_reasoning_is_a_workflow_whose_thought_grows_and_says_how_long_it_took() -> None:
     with serving(talker([Think("Let "), Think("me "), Think("see"), "Done."])) as client:
         events = create(client)
         begun, final = items_in(events, "workflow")
         assert begun["workflow"] == {"type": "reasoning", "tasks": [], "expanded": False}
         assert type(final["workflow"]["summary"]["duration"]) is int and items(client, "workflow") == [final]
-        thoughts = {
-            update["type"]: update["task"]["content"] for update in updates_in(events) if "task" in update
-        }
+        changes = [update for update in updates_in(events) if "task" in update]
+        thoughts = {change["type"]: change["task"]["content"] for change in changes}
         assert list(thoughts) == ["workflow.task.added", "workflow.task.updated"][: len(thoughts)]
         assert [*thoughts.values()][-1] == "Let me see" == final["workflow"]["tasks"][0]["content"]
 
@@ -2495,10 +2448,8 @@ def pages(client: Client, operation: str, between: Callable[[], Any] = int, **pa
     return [[row["id"] for row in page["data"]] for page in found]
 
 
-@pytest.mark.parametrize("operation", ["threads.list", "items.list"])
-def test_pages_are_right_at_every_boundary_and_stable_while_rows_are_added(
-    chat: Client, operation: str
-) -> None:
+@parametrize("operation", ["threads.list", "items.list"])
+def test_pages_are_right_at_every_boundary_and_stable_while_rows_come(chat: Client, operation: str) -> None:
     assert pages(chat, "threads.list", limit=1) == [[]]
     for _ in range(4):
         create(chat)
@@ -2517,11 +2468,6 @@ def test_pages_are_right_at_every_boundary_and_stable_while_rows_are_added(
 RESULTS: list[Any] = [{"selected": [1]}, None, "", 0, False, [], {"a": None}, "é\u2028\0"]
 
 
-def outputs(agent: Agent[Any]) -> list[Any]:
-    """The results of tools that the model was shown."""
-    return [item["output"] for item in shown_to(agent) if item.get("type") == "function_call_output"]
-
-
 def test_a_client_tool_waits_for_its_output_which_may_be_any_json_and_comes_once() -> None:
     agent = talker(*([Call("choose", call_id="call_1")], ["You selected it."]) * len(RESULTS))
     with serving(agent) as client:
@@ -2534,16 +2480,17 @@ def test_a_client_tool_waits_for_its_output_which_may_be_any_json_and_comes_once
             [item] = items(client, "client_tool_call", **at)
             assert item == {**item, **pending, "status": "completed"}
             assert canonical(item.get("output")) == canonical(result)
-            assert number > 1 or json.loads(outputs(agent)[0]) == result
+            assert number > 1 or json.loads(outcomes(agent)["call_1"]) == result
             assert "pending" in refused(client, "threads.add_client_tool_output", **at, result=1)[1]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("tools", "overtaken", "became", "told"),
     [
         (["choose", "choose"], False, [None, "completed"], [True, False]),
         (["choose"], True, [None], [True]),  # a call that looks neither pending nor completed
         (["survey"], True, ["skipped"], [True]),
+        (["wipe"], True, ["skipped"], [True]),  # which was not approved
     ],
 )
 def test_what_was_pending_and_got_no_answer_is_closed_and_the_model_is_told(
@@ -2559,15 +2506,13 @@ def test_what_was_pending_and_got_no_answer_is_closed_and_the_model_is_told(
         now = [item for item in items(client) if item["id"] in pending]
         assert sorted(str(item.get("status")) for item in now) == sorted(map(str, became))
         assert not overtaken or {"type": "thread.item.replaced", "item": now[0]} in events
-        assert ["did not" in output for output in outputs(agent)] == told
+        assert ["did not" in output for output in outcomes(agent).values()] == told
 
 
 def test_the_model_that_a_message_asked_for_goes_on_with_it() -> None:
     agent: Agent[Any] = Agent(name="Two", tools=[choose])
-    with talking_to("chat", [Call("choose")], ["ok"], agent=agent, models="other=gpt-y") as (
-        client,
-        provider,
-    ):
+    answers = [Call("choose")], ["ok"]
+    with talking_to("chat", *answers, agent=agent, models="other=gpt-y") as (client, provider):
         create(client, inference_options={"model": "other"})
         exchange(client, "threads.add_client_tool_output", result=1)
         send(client, "more")
@@ -2631,9 +2576,9 @@ def test_ticking_a_task_in_the_assistants_list_completes_it_in_the_database() ->
             exchange(client, f"threads.{operation}", item_id=widget["id"], action=action)
             [widget] = items(client, "widget")
             assert widget["widget"]["children"][0]["defaultChecked"] == wanted
-            assert ("1. buy milk (done)" in widget["copy_text"]) == wanted
+            assert ("**1** buy milk (done)" in widget["copy_text"]) == wanted
             assert client.get("/api/tasks").json()[0]["done"] == wanted
-        for number, answer in (("1", "error"), (99, "notice")):
+        for number, answer in (("one", "error"), (99, "notice")):
             action = {"type": "toggle_task", "payload": {"id": number}}
             assert answer in kinds(exchange(client, "threads.custom_action", action=action))
 
@@ -2655,7 +2600,7 @@ def announce(client: Client, name: str = "a.txt", size: int = 3, mime_type: str 
     return announced["id"], url
 
 
-def upload(client: Client, data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> dict[str, Any]:
+def upload(client: Client, data: bytes, name: str = "a.txt", mime_type: str = "text/plain") -> Json:
     """A file in two phases; the attachment."""
     _, url = announce(client, name, len(data), mime_type)
     stored = client.post(url, files=form(data, name, mime_type)).raise_for_status()
@@ -2739,7 +2684,7 @@ async def transcribe(audio: bytes, media_type: str) -> str:
 
 
 def test_a_recording_becomes_text_and_may_be_as_large_as_a_file() -> None:
-    def recording(size: int) -> dict[str, Any]:
+    def recording(size: int) -> Json:
         audio = base64.b64encode(bytes(size)).decode()
         return {"audio_base64": audio, "mime_type": "audio/webm;codecs=opus"}
 
@@ -2760,35 +2705,40 @@ def test_what_is_not_set_up_is_said(chat: Client) -> None:
 
 # ---- requests
 
-# What the real component was seen to send: {t} is a thread, {u} its user message, {w} its widget, {q} its
-# question, {p} a thread with a client tool's call, {a} a file.
-HELLO = {"type": "input_text", "text": "hello"}
-TAGGED_MILK = {"type": "input_tag", "text": "Milk", "id": "t1", "data": {"a": "b"}}
-INPUT: Any = {"content": [HELLO, TAGGED_MILK], "quoted_text": "", "attachments": []}
-INPUT["inference_options"] = {"model": "demo", "tool_choice": {"id": "draw"}}
-GIVEN_ANSWERS = {"status": "answered", "answers": {"main": {"values": ["soup"], "skipped": False}}}
-RECORDED: list[tuple[str, dict[str, Any]]] = [
-    ("threads.list", {"limit": 9999, "order": "desc"}),
-    ("threads.get_by_id", {"thread_id": "{t}"}),
-    ("items.list", {"thread_id": "{t}", "limit": 9999, "order": "asc", "after": "{u}"}),
-    ("threads.create", {"input": {**INPUT, "inference_options": {}}}),
-    ("threads.add_user_message", {"thread_id": "{t}", "input": INPUT}),
-    ("threads.add_client_tool_output", {"thread_id": "{p}", "result": {"ok": True}}),
-    ("threads.add_structured_input", {"thread_id": "{t}", "item_id": "{q}", "input": GIVEN_ANSWERS}),
-    ("threads.custom_action", {"thread_id": "{t}", "item_id": "{w}", "action": {"type": "x", "payload": {}}}),
-    ("threads.retry_after_item", {"thread_id": "{t}", "item_id": "{u}"}),
-    ("threads.update", {"thread_id": "{t}", "title": "Oslo weather"}),
-    ("items.feedback", {"thread_id": "{t}", "item_ids": ["{u}", "client_message_b2i"], "kind": "positive"}),
-    ("attachments.create", {"name": "red.png", "size": 178, "mime_type": "image/png"}),
-    ("attachments.delete", {"attachment_id": "{a}"}),
-    ("input.transcribe", {"audio_base64": "GkXfo59ChoEB", "mime_type": "audio/webm;codecs=opus"}),
-    ("threads.delete", {"thread_id": "{t}"}),
+# What the real component was seen to send; <...> is an id of belongings().
+INPUT: Any = {"attachments": [], "quoted_text": "", "inference_options": {}}
+INPUT["content"] = [
+    {"type": "input_text", "text": "hello"},
+    {"type": "input_tag", "text": "Milk", "id": "t1", "data": {"a": "b"}},
 ]
+CHOSEN = {**INPUT, "inference_options": {"model": "demo", "tool_choice": {"id": "draw"}}}
+ANSWERED = {"status": "answered", "answers": {"main": {"values": ["soup"], "skipped": False}}}
+RECORDED = """
+threads.list {"limit": 9999, "order": "desc"}
+threads.get_by_id {"thread_id": "<thread>"}
+items.list {"thread_id": "<thread>", "limit": 9999, "order": "asc", "after": "<user_message>"}
+threads.create {"input": INPUT}
+threads.add_structured_input {"thread_id": "<thread>", "item_id": "<structured_input>", "input": ANSWERED}
+threads.add_user_message {"thread_id": "<thread>", "input": CHOSEN}
+threads.add_client_tool_output {"thread_id": "<calling>", "result": {"ok": true}}
+threads.custom_action {"thread_id": "<thread>", "item_id": "<widget>", "action": {"type": "x", "payload": {}}}
+threads.retry_after_item {"thread_id": "<thread>", "item_id": "<user_message>"}
+threads.update {"thread_id": "<thread>", "title": "Oslo weather"}
+items.feedback {"thread_id": "<thread>", "item_ids": ["<user_message>", "client_1"], "kind": "positive"}
+attachments.create {"name": "red.png", "size": 178, "mime_type": "image/png"}
+attachments.delete {"attachment_id": "<file>"}
+input.transcribe {"audio_base64": "GkXfo59ChoEB", "mime_type": "audio/webm;codecs=opus"}
+threads.delete {"thread_id": "<thread>"}
+"""
+for name, value in {"INPUT": INPUT, "CHOSEN": CHOSEN, "ANSWERED": ANSWERED}.items():
+    RECORDED = RECORDED.replace(name, json.dumps(value))
 
 
-def filled(params: Any, **ids: str) -> Any:
-    """A copy that has ids where they belong."""
-    return json.loads(re.sub(r'"\{(.)\}"', lambda name: json.dumps(ids[name[1]]), json.dumps(params)))
+def recorded(ids: Any) -> Iterator[tuple[str, Any]]:
+    """Operations and params, with ids where they belong."""
+    for line in RECORDED.split("\n")[1:-1]:
+        operation, _, params = re.sub("<(.*?)>", lambda name: ids[name[1]], line).partition(" ")
+        yield operation, json.loads(params)
 
 
 # ======================================================================== the real component, and its samples
@@ -2800,19 +2750,12 @@ ORIGINS = [f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for po
 
 def test_every_request_that_the_component_was_seen_to_make_is_answered() -> None:
     with serving(TOOLBOX, on_action=redraw, transcribe=transcribe) as client:
-        drawn, made = create(client, "call draw"), {"a": upload(client, b"abc")["id"]}
-        made |= {"t": drawn[0]["thread"]["id"], "u": drawn[1]["item"]["id"]}
-        made["w"] = next(each["item"]["id"] for each in drawn if "widget" in each.get("item", {}))
-        made["p"] = create(client, "call choose")[0]["thread"]["id"]
-        for operation, params in RECORDED:
-            if operation == "threads.add_structured_input":
-                made["q"] = last_item(send(client, "call survey", made["t"]))["id"]
-            body = {"type": operation, "params": filled(params, **{"q": "", **made})}
+        for operation, params in recorded(belongings(client, "ann")):
+            body = {"type": operation, "params": params}
             response = client.post("/chatkit", json=body, headers={**BROWSER, "origin": ORIGINS[1]})
             assert response.status_code == 200, (operation, params, response.text)
             assert response.headers["access-control-allow-origin"] == ORIGINS[1]
-            streams = response.headers["content-type"].startswith("text/event-stream")
-            answer = validated(operation, chatkit_events(response.text) if streams else response.json())
+            answer = validated(operation, answer_in(response))
             assert '"error"' not in json.dumps(answer), (operation, answer)
 
 
@@ -2842,18 +2785,19 @@ def test_what_the_component_leaves_out_is_not_missed() -> None:
 
 
 def test_while_an_answer_is_written_another_may_be_tried_later() -> None:
-    wait, operations = Wait(), dict[str, Any](add_user_message={"input": user_input("more")})
+    wait, operations = Wait(), Json(add_user_message={"input": user_input("more")})
     operations |= {"retry_after_item": {"item_id": "1"}, "add_client_tool_output": {"result": 1}}
-    with serving(talker(["One ", wait, "two"])) as client:
-        with streaming(client) as response:
-            until(wait.reached.is_set)
-            assert texts(client) == ["hello", "One "]  # what a reload shows
-            for operation, params in operations.items():
-                status, says = refused(client, f"threads.{operation}", **params)
-                assert status == 503 and "already" in says
-            wait.gate.set()
-            response.read()
-        assert texts(client) == ["hello", "One two"]
+    agent = talker(["One ", wait, "two"], ["ok"])
+    with answering(agent, wait) as (client, answer):  # which began in the other dialect
+        assert texts(client) == ["hi", "One "]  # what a reload shows
+        for operation, params in operations.items():
+            status, says = refused(client, f"threads.{operation}", **params)
+            assert status == 503 and "already" in says
+        wait.gate.set()
+        assert said(answer.result(DEADLINE)) == "One two"
+        send(client, "more")
+        assert texts(client) == ["hi", "One two", "more", "ok"]
+        assert all(word in shown(agent) for word in texts(client)[:-1])
 
 
 # ---- what a thread shows
@@ -2884,12 +2828,11 @@ def test_pictures_are_data_where_the_component_could_not_load_them() -> None:
 
 
 def test_a_thread_that_changes_says_so_in_the_stream() -> None:
-    @function_tool
-    async def close_up(wrapper: Wrapper) -> None:
-        await wrapper.context.update_thread(title="Mine", status="closed", reason="Done", metadata={"a": [1]})
+    async def close_up(context: ck.TurnContext) -> None:
+        await context.update_thread(title="Mine", status="closed", reason="Done", metadata={"a": [1]})
 
     wait = Wait()
-    with serving(scripted([Call("close_up")], [wait, "ok"], tools=[close_up])) as client:
+    with serving(doing(close_up, answer=[wait, "ok"])) as client:
         with streaming(client) as response:
             until(wait.reached.is_set)
             client.patch("/api/conversations/1", json={"title": "Theirs"}).raise_for_status()
@@ -2910,13 +2853,10 @@ def test_metadata_headers_locale_and_choices_reach_the_agent_but_no_secret_does(
         return agent
 
     chosen = {"model": "fast", "tool_choice": {"id": "poetry"}}  # which is a mode, as it is no tool
+    asked_in = {"de-DE": chosen, "fr, en;q=0.5": {"tool_choice": {"id": "echo"}}, "": {}}
     with serving(make, models="fast=demo,smart=demo") as client:
         client.headers.update({"Authorization": "Bearer x", "Cookie": "x=y", "Map-Id": "orbital"})
-        for locale, options in [
-            ("de-DE", chosen),
-            ("fr, en;q=0.5", {"tool_choice": {"id": "echo"}}),
-            ("", {}),
-        ]:
+        for locale, options in asked_in.items():
             body = asked("threads.create", input=user_input("hi", inference_options=options))
             body["metadata"], client.headers["Accept-Language"] = {"plan": "gold"}, locale
             client.post("/chatkit", json=body).raise_for_status()
@@ -2932,7 +2872,7 @@ def test_metadata_headers_locale_and_choices_reach_the_agent_but_no_secret_does(
 def test_feedback_is_kept_and_reaches_the_apps_handler_with_the_items_that_there_are() -> None:
     heard: list[Any] = []
 
-    async def on_feedback(context: ck.TurnContext, items: list[dict[str, Any]], kind: str) -> None:
+    async def on_feedback(context: ck.TurnContext, items: list[Json], kind: str) -> None:
         heard.append((context.user_id, [item["type"] for item in items], kind))
 
     with serving(talker(["ok"]), on_feedback=on_feedback) as client:
@@ -2949,9 +2889,9 @@ def test_feedback_is_kept_and_reaches_the_apps_handler_with_the_items_that_there
 # ---- the SDK's API for tools and actions
 
 
-def check_stored(client: Client, events: list[dict[str, Any]]) -> None:
+def check_stored(client: Client, events: list[Json]) -> None:
     """What was streamed, in the order of its appearance and as it was in the end, is what a reload shows."""
-    final: dict[str, Any] = {}
+    final: Json = {}
     for event in events:
         if event["type"] == "thread.item.removed":
             del final[event["item_id"]]
@@ -2960,14 +2900,9 @@ def check_stored(client: Client, events: list[dict[str, Any]]) -> None:
     assert list(final.values()) == items(client)
 
 
-def run_tool(work: Callable[[ck.TurnContext], Coroutine[Any, Any, Any]]) -> list[dict[str, Any]]:
+def run_tool(work: Callable[[ck.TurnContext], Coroutine[Any, Any, Any]]) -> list[Json]:
     """What a thread streams in which a tool did this, checked against what is stored."""
-
-    @function_tool
-    async def tool(wrapper: Wrapper) -> None:
-        await work(wrapper.context)
-
-    with serving(scripted([Call("tool")], ["Done."], tools=[tool])) as client:
+    with serving(doing(work)) as client:
         events = create(client)
         check_stored(client, events)
         assert texts(client)[-1] == "Done."
@@ -2975,7 +2910,7 @@ def run_tool(work: Callable[[ck.TurnContext], Coroutine[Any, Any, Any]]) -> list
 
 
 def test_a_widget_that_grows_is_streamed_as_what_was_added() -> None:
-    def card(text: str, title: str = "A") -> dict[str, Any]:
+    def card(text: str, title: str = "A") -> Json:
         grows = {"type": "Text", "id": "t", "value": text, "streaming": True}
         return {"type": "Card", "children": [{"type": "Title", "value": title}, grows]}
 
@@ -2994,14 +2929,7 @@ def test_a_widget_that_grows_is_streamed_as_what_was_added() -> None:
     ]
 
 
-@pytest.mark.parametrize("typed", [False, True])
-def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off(typed: bool) -> None:
-    def made(name: str, value: dict[str, Any]) -> Any:
-        """The value, or as the SDK's own type."""
-        return sdk_type(name).validate_python(value) if typed else value
-
-    if typed:
-        optional("chatkit.types")
+def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off() -> None:
     look = {"type": "custom", "title": "Look", "status_indicator": "loading"}
     done = {**look, "title": "Think", "status_indicator": "complete"}
     source = {"type": "url", "title": "Cats", "url": "https://cats.example"}
@@ -3009,15 +2937,15 @@ def test_a_tool_may_show_work_say_hide_remove_and_turn_the_stop_button_off(typed
     unstoppable = {"type": "stream_options", "stream_options": {"allow_cancel": False}}
 
     async def work(context: ck.TurnContext) -> None:
-        await context.stream(made("ThreadStreamEvent", unstoppable))
-        await context.start_workflow(made("Workflow", {"type": "custom", "tasks": []}))
-        await context.add_workflow_task(made("Task", look))
+        await context.stream(unstoppable)
+        await context.start_workflow({"type": "custom", "tasks": []})
+        await context.add_workflow_task(look)
         await context.add_workflow_task({**look, "title": "Think"})
-        await context.update_workflow_task(made("Task", done), task_index=1)
+        await context.update_workflow_task(done, task_index=1)
         await context.end_workflow({"title": "All done"}, expanded=True)
         await context.remove(await context.say("Wait"))
         await context.hidden("The cat sleeps.")
-        await context.say("See here", annotations=[made("Annotation", cited)])
+        await context.say("See here", annotations=[cited])
 
     events = run_tool(work)
     assert unstoppable in events and "sleeps" not in json.dumps(events)
@@ -3038,16 +2966,14 @@ def test_an_action_may_come_while_an_answer_is_written_and_have_the_agent_speak_
 
     wait = Wait()
     agent = talker(["One ", wait, "two"], ["So you did."])
-    with serving(agent, on_action=on_action) as client:
-        with streaming(client) as response:
-            until(wait.reached.is_set)
-            events = exchange(client, "threads.custom_action", action={"type": "tell"})
-            assert shape(events)[-1] == "thread.item.done assistant_message"
-            assert exchange(client, "threads.custom_action", action={"type": "ask"})[-1]["type"] == "error"
-            wait.gate.set()
-            response.read()
+    with answering(agent, wait, on_action=on_action) as (client, first):
+        events = exchange(client, "threads.custom_action", action={"type": "tell"})
+        assert shape(events)[-1] == "thread.item.done assistant_message"
+        assert exchange(client, "threads.custom_action", action={"type": "ask"})[-1]["type"] == "error"
+        wait.gate.set()
+        first.result(DEADLINE)
         exchange(client, "threads.custom_action", action={"type": "ask"})
-        assert texts(client) == ["hello", "One two", *["Clicked."] * 3, "So you did."]
+        assert texts(client) == ["hi", "One two", *["Clicked."] * 3, "So you did."]
         assert shown(agent).count("They clicked.") == 3
 
 
@@ -3062,25 +2988,25 @@ def test_a_cat_lounge_written_with_the_sdks_own_types() -> None:
         action = widgets.ActionConfig(type="select", payload={"name": name})
         return widgets.Card(children=[widgets.Button(label=name, onClickAction=action, **more)])
 
-    @function_tool
-    async def show_cat(ctx: Wrapper) -> None:
-        context = ctx.context
-
+    async def show_cat(context: ck.TurnContext) -> None:
         async def add(kind: Any, **fields: Any) -> None:
             head = {"id": context.generate_id("message"), "thread_id": context.thread.id}
             item = kind(**head, created_at=datetime.now(), **fields)
             await context.stream(types.ThreadItemDoneEvent(item=item))
 
+        source = types.URLSource(title="Cats", url="https://cats.example")
+        cited = [types.Annotation(source=source, index=4)]
+        picture = types.GeneratedImage(id="cat", url="https://x.example/tom.png")
+        await context.start_workflow(types.Workflow(type="custom", tasks=[]))
         await context.add_workflow_task(types.CustomTask(title="Reading the list"))
-        await add(types.AssistantMessageItem, content=[types.AssistantMessageContent(text="This is Tom.")])
+        await context.update_workflow_task(types.CustomTask(title="Read"), task_index=0)
+        await add(types.AssistantMessageItem, content=[{"text": "This is Tom.", "annotations": cited}])
         await add(types.HiddenContextItem, content="<FED>tuna</FED>")
-        await add(
-            types.GeneratedImageItem, image=types.GeneratedImage(id="cat", url="https://x.example/tom.png")
-        )
+        await add(types.GeneratedImageItem, image=picture)
         await context.stream_widget(card("Tom"), copy_text="Tom")
         context.client_tool_call = agents.ClientToolCall(name="update_cat", arguments={"fed": "tuna"})
 
-    async def on_action(context: ck.TurnContext, action: dict[str, Any], item: Any) -> None:
+    async def on_action(context: ck.TurnContext, action: Json, item: Any) -> None:
         name = action["payload"]["name"]
         chosen = {"widget": card(name, disabled=True)}
         drawn = types.WidgetItem.model_validate(item).model_copy(update=chosen)
@@ -3088,8 +3014,8 @@ def test_a_cat_lounge_written_with_the_sdks_own_types() -> None:
         context.thread.title = f"{name}'s Lounge"
         context.thread.status = types.LockedStatus(reason="The cat sleeps.")
 
-    agent = scripted([Call("show_cat")], ["Purr."], tools=[show_cat])
-    agent.tool_use_behavior = StopAtTools(stop_at_tool_names=["show_cat"])
+    agent = doing(show_cat, answer=["Purr."])
+    agent.tool_use_behavior = {"stop_at_tool_names": ["tool"]}
     with serving(agent, on_action=on_action) as client:
         events = create(client)
         [widget] = items(client, "widget")
@@ -3174,11 +3100,11 @@ def assert_no_traceback(caplog: Any) -> None:
 # ---- the process dies
 
 
-def paced(body: dict[str, Any]) -> list[Any]:
-    """An answer: a word and a tool call, then a hundred words, 20 ms apart; "briefly" makes it three."""
+def paced(body: Json) -> list[Any]:
+    """An answer: a word and a tool call, then four thousand words, 20 ms apart; "briefly" makes it three."""
     if body["messages"][-1]["role"] != "tool":
         return ["Wait. ", 0.2, Call("add_task", {"title": "rest"}, "call_" + secrets.token_hex(4))]
-    words = 3 if "briefly" in json.dumps(body["messages"][-3:]) else 100
+    words = 3 if "briefly" in json.dumps(body["messages"][-3:]) else 4000
     return [step for number in range(words) for step in (f"w{number} ", 0.02)]
 
 
@@ -3194,12 +3120,12 @@ class Heard:
     """What one reader was told of one turn, until the stream ended or broke."""
 
     message: str
-    conversation_id: int = 0  # 0: the response had not begun
-    events: list[tuple[float, dict[str, Any]]] = field(default_factory=list)  # each with the time it came
+    conversation_id: int | None = None  # of a new one, as soon as the response begins
+    events: list[tuple[float, Json]] = field(default_factory=list)  # each with the time it came
     ended: bool = False
 
-    def listen(self, url: str, thread_id: int | None = None) -> Heard:
-        body = {"message": self.message, **({"thread_id": thread_id} if thread_id else {})}
+    def listen(self, url: str) -> Heard:
+        body = {"message": self.message, "thread_id": self.conversation_id}
         with (
             contextlib.suppress(httpx.HTTPError),
             Client(base_url=url, timeout=60) as client,
@@ -3211,122 +3137,104 @@ class Heard:
             self.ended = True
         return self
 
-    def texts(self, before: float = math.inf) -> dict[int, str]:
-        """What was said up to a moment, by message."""
-        texts = collections.defaultdict[int, str](str)
-        for when, event in self.events:
-            if event["type"] == "text" and when < before:
-                texts[event["message_id"]] += event["content"]
-        return texts
 
-
-def check_kept(path: Path, heard: list[Heard], killed_at: float) -> None:
-    """All that was acknowledged is there: messages, and what was said until half a second before the kill."""
+def check_kept(path: Path, heard: list[Heard], stopped_at: float) -> None:
+    """All that was acknowledged is there: messages, and what was said until half a second before a kill."""
     assert_sound(path)
     rows = rows_of(path, "SELECT id, conversation_id, role, content FROM messages")
     stored = {row[0]: row[3] for row in rows}
     for each in heard:
         assert (each.conversation_id, "user", each.message) in {row[1:] for row in rows}
-        for message_id, text in each.texts(math.inf if each.ended else killed_at - 0.5).items():
-            assert stored[message_id].startswith(text), (each.message, text, stored[message_id])
+        texts = collections.defaultdict[int, str](str)
+        for when, event in each.events:
+            if event["type"] == "text" and (each.ended or when < stopped_at - 0.5):
+                texts[event["message_id"]] += event["content"]
+        for message_id, text in texts.items():
+            kept = stored[message_id]
+            assert kept == text if each.ended else kept.startswith(text)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=slow)])
-def test_whenever_it_is_killed_what_was_acknowledged_is_there_and_it_goes_on(
-    tmp_path: Path, paced_env: dict[str, str], kills: int
+@parametrize(
+    ("how", "rounds"),
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGINT, 1, marks=slow),
+        pytest.param(signal.SIGKILL, 20, marks=slow),
+    ],
+)
+def test_whenever_it_is_killed_or_stopped_what_was_acknowledged_is_there_and_it_goes_on(
+    tmp_path: Path, paced_env: dict[str, str], how: signal.Signals, rounds: int
 ) -> None:
-    """Ten turns at each kill: 200 turns in the long run, and starts that are killed in between."""
-    heard, killed_at, chance = list[Heard](), 0.0, random.Random(kills)
-    path, longest_wait = tmp_path / "chatkit.db", 0.3 if kills == 1 else 1.5
+    """A signal ends fifty turns explained, within two seconds; the long run kills two hundred."""
+    path, chance = tmp_path / "chatkit.db", random.Random(rounds)
+    readers, words = (10, 30) if how == signal.SIGKILL else (50, 1)
+    heard, stopped_at = list[Heard](), 0.0
 
-    def talk(url: str, known: int | None, wait: float) -> list[Heard]:
-        time.sleep(wait)
-        first = Heard(f"turn {wait}").listen(url, known)
-        return [first, Heard(f"and {wait}").listen(url, first.conversation_id)] if first.ended else [first]
+    def all_are_answered() -> bool:
+        return all(len(each.events) > 2 + words for each in heard)
 
-    for kill in range(kills):
-        if kill % 2:
+    for number in range(rounds + 1):
+        if number and number % 2 == 0:
             command = [sys.executable, str(HERE / "chatkit_server.py"), "--port", "0"]
             env, seconds = {**CLEAN_ENV, **paced_env}, chance.uniform(0.5, 3)
             with pytest.raises(subprocess.TimeoutExpired):  # which kills it; or the start failed
                 subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=seconds)
-        with Process(cwd=tmp_path, env=paced_env) as server, ThreadPoolExecutor(10) as pool:
-            check_kept(path, heard, killed_at)
-            heard = [each for each in heard if each.ended]  # the others are not of the next kill
-            known = [*sorted({each.conversation_id for each in heard}), *[None] * 10][:10]
-            turns = [pool.submit(talk, server.url, each, chance.uniform(0, longest_wait)) for each in known]
-            time.sleep(chance.uniform(0.05, 3.5) if kills > 1 else 0.9)
-            killed_at = time.monotonic()
-            server.stop(signal.SIGKILL)
-            heard += [each for turn in turns for each in turn.result() if each.conversation_id]
-    with Process(cwd=tmp_path, env=paced_env) as server, server.client() as client:
-        check_kept(path, heard, killed_at)
-        every = sorted({each.conversation_id for each in heard})
-        assert every
-        for each in at_once(len(every), lambda number: Heard("briefly").listen(server.url, every[number])):
-            assert each.ended and each.events[-1][1]["status"] == "completed"
-        for conversation_id in every:
-            assert {row["status"] for row in client.messages(conversation_id)} <= {"done", "interrupted"}
-    assert "Traceback" not in server.log_file.read_text()
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=slow)])
-def test_a_signal_ends_fifty_turns_saved_and_explained_within_two_seconds(
-    tmp_path: Path, paced_env: dict[str, str], how: signal.Signals
-) -> None:
-    path, readers = tmp_path / "chatkit.db", [Heard(f"turn {number}") for number in range(50)]
-    with Process(cwd=tmp_path, env=paced_env) as server, ThreadPoolExecutor(50) as pool:
-        following = [pool.submit(reader.listen, server.url) for reader in readers]
-        until(lambda: all(reader.texts() for reader in readers))
-        began = time.monotonic()
-        assert server.stop(how) in (0, -how) and time.monotonic() - began < 2
-        for each in following:
-            each.result()
-    assert [each.name for each in tmp_path.glob("chatkit.db*")] == ["chatkit.db"]  # may be copied: no -wal
-    stored = dict(rows_of(path, "SELECT id, content FROM messages WHERE role = 'assistant'"))
-    for reader in readers:
-        assert reader.ended
-        error, done = (event for _, event in reader.events[-2:])
-        assert (error["type"], error["code"], error["allow_retry"]) == ("error", "shutdown", True)
-        assert (done["type"], done["status"]) == ("done", "failed")
-        assert {message_id: stored[message_id] for message_id in reader.texts()} == reader.texts()
-    assert_sound(path)
+        with Process(cwd=tmp_path, env=paced_env) as server, ThreadPoolExecutor(50) as pool:
+            listen = functools.partial(Heard.listen, url=server.url)
+            check_kept(path, heard, stopped_at)
+            for after in pool.map(listen, [Heard("briefly", each.conversation_id) for each in heard[:10]]):
+                assert after.ended and after.events[-1][1]["status"] == "completed"
+            if number == rounds:
+                break
+            heard = [Heard(f"turn {turn}") for turn in range(readers)]
+            turns = [pool.submit(listen, each) for each in heard]
+            if rounds > 1:
+                time.sleep(chance.uniform(0.05, 3.5))
+            else:
+                until(all_are_answered, 30)
+            stopped_at = time.monotonic()
+            assert server.stop(how) in (0, -how) and time.monotonic() - stopped_at < 2
+            heard = [turn.result() for turn in turns if turn.result().conversation_id]
+        if how != signal.SIGKILL:
+            assert not [*tmp_path.glob("chatkit.db-*")]  # no -wal: the file may be copied
+            for each in heard:
+                error, done = (event for _, event in each.events[-2:])
+                assert (error["type"], error["code"], error["allow_retry"]) == ("error", "shutdown", True)
+                assert each.ended and (done["type"], done["status"]) == ("done", "failed")
+    statuses = {status for (status,) in rows_of(path, "SELECT status FROM messages")}
+    assert statuses == {"done", "interrupted"}
     assert "Traceback" not in server.log_file.read_text()
 
 
 # ---- the database
 
 
-@pytest.mark.parametrize("seconds", [0.3, pytest.param(12, marks=slow)])
-@pytest.mark.parametrize("words_before", [0, 1, 2])
-def test_what_is_said_during_a_lock_is_saved_after_it_without_waiting_for_more(
-    tmp_path: Path, words_before: int, seconds: float
-) -> None:
+@parametrize("words_before", [0, 1, 2])
+def test_what_is_said_during_a_lock_is_saved_soon_after_it(tmp_path: Path, words_before: int) -> None:
     """The lock lasts longer than SQLite waits by itself; a short one afterwards holds up the next message."""
     path, lock, silence = tmp_path / "chatkit.db", Wait(), Wait()
     steps: list[Any] = ["Hello ", "world.", silence]
     steps.insert(words_before, lock)
     with serving_file(path, steps) as (client, sql), ThreadPoolExecutor(1) as pool:
-        client.timeout = httpx.Timeout(60)
-        if seconds < 5:
-            sql("PRAGMA busy_timeout = 100")
+        sql("PRAGMA busy_timeout = 100")
         answer = pool.submit(client.send_message, "hi")
         assert lock.reached.wait(DEADLINE)
         with locked(path):
             lock.gate.set()
             if words_before == 2:
                 silence.gate.set()  # the end comes during the lock too
-            time.sleep(seconds)
+            time.sleep(0.3)
         until(lambda: rows_of(path, "SELECT 1 FROM messages WHERE content = 'Hello world.'"), 1.5)
         silence.gate.set()
-        assert answer.result(60)[-1]["status"] == "completed"
+        assert answer.result(DEADLINE)[-1]["status"] == "completed"
         assert [row["content"] for row in client.messages(2)] == ["hi", "Hello world."]
         sql("PRAGMA busy_timeout = 5000")
         with locked(path):
             answer = pool.submit(client.send_message, "more", 2)
             time.sleep(0.1)
             assert not answer.done()
-        assert answer.result(60) and len(client.messages(2)) == 4
+        assert answer.result(DEADLINE) and len(client.messages(2)) == 4
     assert_sound(path)
 
 
@@ -3349,7 +3257,7 @@ FAULTS = [  # on the server's own connection
 ]
 
 
-@pytest.mark.parametrize(("limit", "lift", "told"), FAULTS)
+@parametrize(("limit", "lift", "told"), FAULTS)
 def test_what_the_database_does_not_take_is_refused_and_the_next_is_taken(
     tmp_path: Path, limit: str, lift: str, told: str, caplog: Any
 ) -> None:
@@ -3377,7 +3285,7 @@ def test_what_the_database_does_not_take_is_refused_and_the_next_is_taken(
     assert_sound(path)
 
 
-@pytest.mark.parametrize("fate", ["is gone", "was replaced"])
+@parametrize("fate", ["is gone", "was replaced"])
 def test_a_file_that_went_away_takes_no_more_messages(tmp_path: Path, fate: str) -> None:
     """SQLite would go on writing to the deleted file, and all of it would be gone at the end."""
     path = tmp_path / "chatkit.db"
@@ -3398,27 +3306,18 @@ def test_the_directory_may_change_while_it_runs(tmp_path: Path, monkeypatch: Any
 
 
 OURS = (HERE / "schema.sql").read_text(encoding="utf-8")
+THIS_VERSION = f"PRAGMA user_version = {ck.SCHEMA_VERSION}"
+NOT_OURS = {  # what is in a file, and what is said of it
+    "Dear diary, " * 1000: "not a database",
+    f"{OURS}; PRAGMA user_version = {ck.SCHEMA_VERSION + 1}": "newer version",
+    f"CREATE TABLE conversations (name, status); {THIS_VERSION}": "something else",
+    "CREATE TABLE messages (mine TEXT); CREATE TABLE recipes (name)": "messages",
+    "CREATE TABLE tasks (mine TEXT); CREATE TABLE recipes (name)": "tasks",
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("Dear diary, " * 1000, "not a database"),
-        (f"{OURS}; PRAGMA user_version = {ck.SCHEMA_VERSION + 1}", "newer version"),
-        (
-            f"CREATE TABLE conversations (name, status); PRAGMA user_version = {ck.SCHEMA_VERSION}",
-            "something else",
-        ),
-        *(
-            (f"CREATE TABLE {name} (mine TEXT); CREATE TABLE recipes (name)", name)
-            for name in ("messages", "tasks")
-        ),
-    ],
-    ids=["no database", "a newer version", "another program's", "clash of messages", "clash of tasks"],
-)
-def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
-    tmp_path: Path, content: str, told: str, capsys: Any
-) -> None:
+@parametrize("content", NOT_OURS, ids=[*NOT_OURS.values()])
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, content: str, capsys: Any) -> None:
     path = tmp_path / "some.db"
     if content.startswith("Dear"):
         path.write_text(content)
@@ -3427,7 +3326,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
     before = path.read_bytes()
     assert ck.main(["--port", "0", "--database", str(path), "--model", "demo"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("chatkit_server: ") and told in line
+    assert line.startswith("chatkit_server: ") and NOT_OURS[content] in line
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -3493,21 +3392,18 @@ def test_four_servers_may_start_at_once_on_a_new_file(tmp_path: Path) -> None:
 # ---- readers
 
 
-@pytest.mark.parametrize("dialect", ["plain", "ChatKit"])
-@pytest.mark.parametrize("heard", ["", "Hello "])
-def test_a_reader_that_leaves_does_not_stop_the_answer(heard: str, dialect: str, caplog: Any) -> None:
-    wait, body, options = Wait(), {"message": "hi"}, dict[str, Any]()
+@parametrize("dialect", ["plain", "ChatKit"])
+def test_a_reader_that_leaves_does_not_stop_the_answer(dialect: str, caplog: Any) -> None:
+    wait, body, options = Wait(), {"message": "hi"}, Json()
     if dialect == "ChatKit":  # where leaving is how the component's stop button says so
         body, options = asked("threads.create", input=user_input("hi")), {"on_disconnect": "continue"}
     with serving(scripted(["Hello ", wait, "world."]), **options) as client:
         with client.stream("POST", "/chatkit", json=body) as response:
-            text, chunks = "", response.iter_text()
-            while not re.search(heard, text):
-                text += next(chunks)
+            next(line for line in response.iter_lines() if "Hello" in line)
         assert wait.reached.wait(DEADLINE)
         wait.gate.set()
-        until(lambda: client.messages(1)[-1]["status"] == "done")
-        assert [row["content"] for row in client.messages(1)] == ["hi", "Hello world."]
+        until(lambda: client.get("/api/conversations/1/stream").status_code == 204)
+        assert texts(client) == ["hi", "Hello world."]
         assert client.send_message("more", 1)[-1]["status"] == "completed"
     assert_no_traceback(caplog)
 
@@ -3532,7 +3428,7 @@ def test_readers_that_come_back_get_each_event_once_and_none_is_missing() -> Non
         started = pool.submit(client.send_message, "hi")
         assert first.reached.wait(DEADLINE)
 
-        def come_back(last: str | None, until_text: str = "") -> list[dict[str, Any]]:
+        def come_back(last: str | None, until_text: str = "") -> list[Json]:
             headers: dict[bytes, bytes] = {} if last is None else {b"Last-Event-ID": last.encode()}
             with client.stream("GET", "/api/conversations/2/stream", headers=headers) as response:
                 found = []
@@ -3715,7 +3611,7 @@ def test_every_route_is_in_these_tables_and_all_but_the_pages_want_a_token() -> 
 
 NOW, HS256 = int(time.time()), {"alg": "HS256"}
 SOON = {"exp": NOW + 3600}
-CLAIMS: dict[str, Any] = {"sub": "ann", **SOON}
+CLAIMS: Json = {"sub": "ann", **SOON}
 
 
 def token(claims: Any = CLAIMS, header: Any = HS256, secret: bytes = SECRET.encode()) -> str:
@@ -3777,33 +3673,18 @@ def test_audience_and_issuer_must_fit_where_they_are_set() -> None:
         assert [*statuses, status_with(client, token())] == [200, 200, 401, 401, 401, 401]
 
 
-class KeyServer(BaseHTTPRequestHandler):
-    """A JWKS URL; `answer` is what it says, and nothing that it is out of order. Counts what it is asked."""
-
-    answer, asked = b"", 0
-
-    def do_GET(self) -> None:
-        KeyServer.asked += 1
-        self.send_response(200 if KeyServer.answer else 500)
-        self.end_headers()
-        self.wfile.write(KeyServer.answer)
-
-    def log_message(self, *_: Any) -> None:
-        """Not a word."""
-
-
 @functools.cache
-def private_keys() -> dict[str, Any]:
+def private_keys() -> Json:
     """By their algorithm, which is their id too; made once, because that takes a while."""
     keys = ec.generate_private_key(ec.SECP256R1()), rsa.generate_private_key(65537, 2048)
     return {"EdDSA": ed25519.Ed25519PrivateKey.generate(), "ES256": keys[0], "RS256": keys[1]}
 
 
-def sign(name: str, claims: dict[str, Any] = CLAIMS, algorithm: str = "", **header: Any) -> str:
+def sign(name: str, claims: Json = CLAIMS, algorithm: str = "", **header: Any) -> str:
     return jwt.encode(claims, private_keys()[name], algorithm or name, headers={"kid": name, **header})
 
 
-def jwk(name: str) -> dict[str, Any]:
+def jwk(name: str) -> Json:
     public = cast(Any, jwt.get_algorithm_by_name(name)).to_jwk(private_keys()[name].public_key())
     return {"kid": name, **json.loads(public)}
 
@@ -3812,35 +3693,20 @@ def jwks(*names: str) -> bytes:
     return json.dumps({"keys": [*map(jwk, names)]}).encode()
 
 
-@contextlib.contextmanager
-def with_keys(*names: str, **settings: Any) -> Iterator[Client]:
-    KeyServer.answer, KeyServer.asked = jwks(*names), 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), KeyServer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with serving(jwks_url=f"http://127.0.0.1:{server.server_port}/jwks", **settings) as client:
-            yield client
-        server.shutdown()
-
-
-@pytest.mark.parametrize("secret", [None, SECRET])
+@parametrize("secret", [None, SECRET])
 def test_a_public_key_at_the_url_serves_its_own_algorithm_alone(secret: str | None) -> None:
-    with with_keys(*private_keys(), jwt_secret=secret) as client:
+    keys = jwks(*private_keys())
+    with Provider(keys) as provider, serving(jwks_url=provider.url, jwt_secret=secret) as client:
         assert [status_with(client, sign(name)) for name in [*private_keys()] * 2] == [200] * 6
-        assert KeyServer.asked == 1
+        assert len(provider.requests) == 1
         bad = [sign("RS256", algorithm=algorithm) for algorithm in ("RS384", "PS256")]
         bad.append(sign("RS256", jku="http://127.0.0.1/", jwk=jwk("RS256"), kid="unknown"))
+        form_ = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         for name, key in private_keys().items():
-            bad += [
-                sign(name, {**CLAIMS, "exp": 1}),
-                sign(name, {"sub": "ann"}),
-                sign(name)[:-8] + "AAAA" * 2,
-            ]
+            bad += [sign(name, {**CLAIMS, "exp": 1}), sign(name, {"sub": "ann"}), sign(name)[:-8] + "A" * 8]
             bad += [sign(name, kid=other) for other in private_keys() if other != name]
-            form_ = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
             pem = key.public_key().public_bytes(*form_)
-            parts = [jwk(name)[part].encode() for part in ("x", "y", "n") if part in jwk(name)]
-            known = [pem, pem.strip(), json.dumps(jwk(name), separators=(",", ":")).encode(), b"", *parts]
-            known += [base64.urlsafe_b64decode(part + b"==") for part in parts]
+            known = [pem, pem.strip(), json.dumps(jwk(name), separators=(",", ":")).encode(), b""]
             for algorithm in ("HS256", "HS512", "none", name):  # what everybody knows, taken for a secret
                 bad += [token(CLAIMS, {"alg": algorithm, "kid": name}, each) for each in known]
         assert {status_with(client, each) for each in bad} == {401}
@@ -3852,24 +3718,25 @@ def test_keys_change_without_a_restart_and_outlive_their_url(monkeypatch: Any) -
     clock.monotonic = lambda: time.monotonic() + sum(gone_by)
     for module in (ck, jwt.api_jwk, jwt.jwk_set_cache, jwt.jwks_client):
         monkeypatch.setattr(module, "time", clock)
-    with with_keys() as client:
+    with Provider() as provider, serving(jwks_url=provider.url) as client:
+        asked = provider.requests
 
         def later(seconds: float, answer: bytes) -> list[int]:
             """What tokens of the new and of the old key come to then, if the URL says this."""
             gone_by.append(seconds)
-            KeyServer.answer = answer
+            provider.answers = (answer,)
             return [status_with(client, sign(name)) for name in (new, old)]
 
         assert later(0, b"") == [503, 503]
         assert later(60, jwks(old)) == [401, 200]
-        asked = KeyServer.asked
+        before = len(asked)
         assert {status_with(client, sign(new, kid=f"guess {number}")) for number in range(30)} == {401}
-        assert KeyServer.asked <= asked + 1  # not one request for each token that somebody makes up
+        assert len(asked) <= before + 1  # not one request for each token that somebody makes up
         assert later(60, jwks(old, new)) == [200, 200]
         assert later(3600, jwks(new)) == [200, 401]
         for broken in (b"", b"<html>", b"[]", b'{"keys": []}', b'{"keys": [{"kty": "XX"}]}', b"[" * 9999):
-            asked = KeyServer.asked
-            assert later(3600, broken) == [200, 401] and KeyServer.asked > asked, broken
+            before = len(asked)
+            assert later(3600, broken) == [200, 401] and len(asked) > before, broken
 
 
 # ---- what is refused: other sites, size and shape
@@ -3971,8 +3838,7 @@ REFUSED = [("", line) for line in lines(REFUSALS)]
 REFUSED += [("", f'400 POST /chatkit {{"message": "hi", "x": {text}}}') for text in [*DEEP, "9" * 5000]]
 REFUSED += [(way[4:], f"{way[:4]}POST /chatkit {body}") for way in lines(FOREIGN) for body in (HI, BEGIN)]
 REFUSED += [(way[4:], "403 GET /api/conversations ") for way in lines(FOREIGN) if "Host" in way]
-for operation, params in RECORDED:
-    params = filled(params, **dict.fromkeys("tpuwqa", "1"))
+for operation, params in recorded(collections.defaultdict(lambda: "1")):
     REFUSED += [("", line) for line in malformed(operation, params, params)]
 
 
@@ -3989,12 +3855,12 @@ def test_what_is_not_right_is_refused_in_a_sentence_and_nothing_is_kept(parrot: 
         raw = re.sub(rb"\\x(..)", lambda code: bytes.fromhex(code[1].decode()), body.encode())
         content = raw.replace(b"LONG", LONG.encode()).replace(b"32001", b"x" * 32_001)
         response = parrot.request(method, path, headers={**JSON, **headers}, content=content)
-        status, streamed = response.status_code, response.headers["content-type"].startswith("text/event")
-        answer = validated("", chatkit_events(response.text))[-1] if streamed else response.json()
-        detail = answer.get("detail") or answer["message"]
-        if streamed:
+        status, answer = response.status_code, answer_in(response)
+        if streamed := isinstance(answer, list):
+            answer = validated("", answer)[-1]
             assert answer["type"] == "error", line
             status = 503 if answer["allow_retry"] else 200
+        detail = answer.get("detail") or answer["message"]
         told = way, line[:200], status, response.text
         assert re.fullmatch(wanted.replace("*", "[04]"), str(status)) and isinstance(detail, str), told
         assert streamed or request[0].isupper() or answer == {"detail": detail, "message": detail}, told
@@ -4003,7 +3869,7 @@ def test_what_is_not_right_is_refused_in_a_sentence_and_nothing_is_kept(parrot: 
     assert kept(1, 2, 3) == all_before
 
 
-@pytest.mark.parametrize("body", [HI, BEGIN])
+@parametrize("body", [HI, BEGIN])
 def test_this_machine_and_listed_pages_get_in(parrot: Client, body: str) -> None:
     same, kind = {"Host": "LOCALHOST:8", "Origin": "http://localhost:8"}, "Application/JSON; charset=utf-8"
     listed = {"Host": "[::1]:8000", "Content-Type": kind, "Origin": "http://localhost:3000"}
@@ -4013,30 +3879,26 @@ def test_this_machine_and_listed_pages_get_in(parrot: Client, body: str) -> None
     assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
 
 
-def test_preflights_let_listed_pages_in_without_a_token_and_others_are_told_of_in_the_log(
-    guarded: Client, caplog: Any
-) -> None:
+def test_preflights_let_listed_pages_in_and_others_are_logged(guarded: Client, caplog: Any) -> None:
     caplog.set_level("INFO", "chatkit")
     names = {"chatkit-frame-instance-id", "content-type", "x-of-the-page"}
     asks = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": ",".join(names)}
-    paths = ("/chatkit", "/attachments", "/api/conversations/1")
-    for origin, path in itertools.product([*ORIGINS, "http://localhost:5174", "null", EVIL], paths):
+    for origin in [*ORIGINS, "http://localhost:5174", "null", EVIL]:
         listed = origin in ORIGINS
-        headers = guarded.options(path, headers={"Origin": origin, **asks}).headers
+        headers = guarded.options("/attachments", headers={"Origin": origin, **asks}).headers
         assert headers.get("access-control-allow-origin") == (origin if listed else None)
         if listed:
             assert headers["access-control-allow-credentials"] == "true"
             assert names <= set(re.findall(r"[\w-]+", headers["access-control-allow-headers"].lower()))
             assert "CHATKIT_CORS_ORIGINS" not in caplog.text
-    until(lambda: EVIL in caplog.text)  # which is logged after the answer
-    assert "CHATKIT_CORS_ORIGINS" in caplog.text
+    until(lambda: re.search(f"{EVIL}.*CHATKIT_CORS_ORIGINS", caplog.text))  # after the answer
 
 
 def dial(client: Client) -> socket.socket:
     return socket.create_connection(("127.0.0.1", client.base_url.port or 80), DEADLINE)
 
 
-@pytest.mark.parametrize("head", ["HTTP/1.0\r\n", "HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n"])
+@parametrize("head", ["HTTP/1.0\r\n", "HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n"])
 def test_a_request_with_no_host_or_two_of_them_gets_nothing(parrot: Client, head: str) -> None:
     with dial(parrot) as caller:
         caller.sendall(f"GET /api/conversations {head}\r\n".encode())
@@ -4046,7 +3908,7 @@ def test_a_request_with_no_host_or_two_of_them_gets_nothing(parrot: Client, head
 FILE = b'--x\r\nContent-Disposition: form-data; name="file"'
 
 
-@pytest.mark.parametrize("path", ["/chatkit", "/attachments", "/api/conversations/1/tool_output"])
+@parametrize("path", ["/chatkit", "/attachments", "/api/conversations/1/tool_output"])
 def test_a_body_that_never_ends_is_refused_while_it_is_read(parrot: Client, path: str) -> None:
     kind, start = "application/json", b'{"a":"'
     if path == "/attachments":
@@ -4080,10 +3942,13 @@ def test_an_odd_form_is_refused_or_taken_but_breaks_nothing(parrot: Client) -> N
 
 # ---- anything at all
 
-NASTY: list[Any] = [
-    None, True, 0, -1, 1, 1.5, 2**63, "", " ", "0", "01", "-1", "x", "9" * 30, "\0", "\u2028", "\U0001f600",
-    "../..", "a" * 300, "a" * 40_000, "a/b", [], {}, [[]], [None], {"": None}, ["1"] * 300, {"type": "x"},
-]  # fmt: skip
+NASTY_JSON = r"""
+null true 0 -1 1 1.5 01 NaN 1e999 9223372036854775808 "" "0" "-1" "x" "\ud800" "\u2028" "\u0000" "../.." "a/b"
+[] {} [[]] [null] {"":null} {"type":"x"} "\ud83d\ude00"
+"""
+NASTY = [*NASTY_JSON.split(), "", " ", "\0", "\udcff", "[" * 3000, "9" * 30, json.dumps(["1"] * 300)]
+NASTY += [json.dumps("a" * count) for count in (300, 40_000)]
+PIECES = r'("[^"]*"|\w+|[][{}:,])', r"(\[[^][]*\]|\{[^{}]*\})"  # of JSON: the least; lists and objects
 MORE = """
 POST /chatkit {"message": "hi", "model": "demo", "tool_choice": "give_back", "attachments": []}
 threads.create {"input": {"content": [{"type": "input_tag", "id": "1", "text": "t", "data": {"a": 1}}]}}
@@ -4091,37 +3956,21 @@ GET /(openapi.json | api/conversations?limit=5&offset=1&q=milk)
 """
 
 
-def mutate(value: Any, chance: random.Random) -> Any:
-    """The same with one thing changed, somewhere in it."""
-    at: list[Any] = list(value) if isinstance(value, dict) else []
-    at += range(len(value)) if isinstance(value, list) else []
-    if not at or chance.random() < 0.2:
-        return chance.choice(NASTY)
-    place, changed = chance.choice(at), copy.copy(value)
-    changed[place] = mutate(value[place], chance)
-    if chance.random() < 0.1:
-        del changed[place]
-    return changed
-
-
 def spoilt(line: str, chance: random.Random) -> tuple[str, str, bytes]:
-    """A request with up to three things changed in its JSON, and now and then in its path or its bytes."""
+    """A request with up to three pieces of its JSON replaced, and now and then one of its path."""
     method, url, body = request_of(line)
     if not body or chance.random() < 0.1:
-        part, other = chance.choice(re.findall(r"\w+", url)), str(chance.choice(NASTY))
-        url = url.replace(part, urllib.parse.quote(other[:500], safe=""))
-    value = json.loads(body) if body else None
-    for _ in range(chance.choice([0, 1, 1, 1, 2, 3])):
-        value = mutate(value, chance)
-    content = json.dumps(value).encode() if body else b""
-    if chance.random() < 0.2:  # bytes changed, lost or put in
-        put = chance.choice([b"\0", b"\xff", b'"', b"\\ud800", b"NaN", b"1e999", b"[" * 3000, b""])
-        at = chance.randrange(len(content) + 1)
-        content = content[:at] + put + content[at + chance.choice([0, 1, 4, 8]) :]
-    return method, url, content
+        part, other = chance.choice(re.findall(r"\w+", url)), chance.choice(NASTY)[:500]
+        url = url.replace(part, urllib.parse.quote(other, safe="", errors="surrogateescape"))
+    for _ in range(chance.choice([0, 1, 1, 1, 2, 3]) if body else 0):
+        parts = re.split(chance.choice(PIECES), body)
+        if len(parts) > 1:
+            parts[chance.randrange(1, len(parts), 2)] = chance.choice(NASTY)
+        body = "".join(parts)
+    return method, url, body.encode(errors="surrogateescape")
 
 
-@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=slow)])
+@parametrize("count", [600, pytest.param(10_000, marks=slow)])
 def test_no_mutation_of_a_valid_request_breaks_it_or_its_answer(tmp_path: Path, count: int) -> None:
     chance, statuses, file = random.Random(6), collections.Counter[int](), tmp_path / "chatkit.db"
     with serving(TOOLBOX, database=str(file), transcribe=transcribe, on_action=redraw) as client:
@@ -4134,9 +3983,7 @@ def test_no_mutation_of_a_valid_request_breaks_it_or_its_answer(tmp_path: Path, 
             statuses[response.status_code] += 1
             assert response.status_code < 500, (number, method, url, content[:500], response.text)
             if response.status_code == 200 and url == "/chatkit" and "type" in json.loads(content):
-                streamed = response.headers["content-type"].startswith("text/event-stream")
-                answer = chatkit_events(response.text) if streamed else response.json()
-                validated(json.loads(content)["type"], answer)
+                validated(json.loads(content)["type"], answer_in(response))
         there = client.get("/api/conversations?limit=100").json()
         running = [f"/api/conversations/{conversation['id']}/stream" for conversation in there]
         until(lambda: {client.get(url).status_code for url in running} == {204})
@@ -4167,17 +4014,15 @@ def both_streams(client: Client, text: str) -> list[list[Any]]:
     return both
 
 
-@pytest.mark.parametrize("text", FORGED)
+@parametrize("text", FORGED)
 def test_text_is_shown_and_kept_as_it_was_said_and_forges_no_event(text: str) -> None:
     once, twice = f"!{text}!", f"!{text}!+!{text}!"
     turn = [Call("give_back", {"what": once})], [once, "+", once]
     with serving(scripted(*turn, *turn, tools=[give_back])) as client:
         events, chatkit = both_streams(client, once)
         kept = [row["content"] for row in client.messages(1)]
-        titles = (
-            client.patch("/api/conversations/1", json={"title": once}),
-            client.get("/api/conversations/1"),
-        )
+        url = "/api/conversations/1"
+        titles = client.patch(url, json={"title": once}), client.get(url)
     assert kinds(events) == ["thread", "thinking", "tool_call", "tool_result", "text", "done"]
     assert (said(events), events[2]["args"], events[3]["result"]) == (twice, {"what": once}, once)
     assert kept == [once, once, twice]
@@ -4188,7 +4033,7 @@ def test_text_is_shown_and_kept_as_it_was_said_and_forges_no_event(text: str) ->
     assert [response.json()["title"] for response in titles] == [once, once]
 
 
-@pytest.mark.parametrize("odd", ODD_JSON)
+@parametrize("odd", ODD_JSON)
 def test_results_and_arguments_that_are_not_quite_json_break_nothing(odd: str) -> None:
     turn = [Call("give_back", {"what": odd})], [odd]
     with serving(scripted(*turn, *turn, tools=[give_back])) as client:
@@ -4205,8 +4050,8 @@ def test_results_and_arguments_that_are_not_quite_json_break_nothing(odd: str) -
 # ---- limits
 
 
-@pytest.mark.parametrize("body", [HI, BEGIN], ids=["plain", "ChatKit"])
-@pytest.mark.parametrize(("limit", "status"), [("max_concurrent_turns", 503), ("max_turns_per_user", 429)])
+@parametrize("body", [HI, BEGIN], ids=["plain", "ChatKit"])
+@parametrize(("limit", "status"), [("max_concurrent_turns", 503), ("max_turns_per_user", 429)])
 def test_beyond_the_limits_the_answer_is_no_at_once(body: str, limit: str, status: int) -> None:
     wait = Wait()
     agent = scripted([wait, "Hello."])
@@ -4263,7 +4108,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("code", WRONG)
+@parametrize("code", WRONG)
 def test_a_wrong_argument_is_answered_with_what_belongs_there(code: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         eval(code, {**vars(ck), "Agent": Agent, "agent": scripted(["hello"])})
@@ -4291,7 +4136,7 @@ CHATKIT_JWT_SECRET only-a-short-secret
 """
 
 
-@pytest.mark.parametrize("line", BAD_SETTINGS.split("\n")[1:-1])
+@parametrize("line", BAD_SETTINGS.split("\n")[1:-1])
 def test_a_setting_that_makes_no_sense_is_named(line: str, monkeypatch: Any) -> None:
     name, *values = line.split()
     for value in values:
@@ -4339,18 +4184,13 @@ def test_a_token_comes_with_an_invitation(guarded: Client, monkeypatch: Any, cap
 
 
 async def test_a_store_and_its_file_may_be_shared_and_have_tables_of_ones_own(tmp_path: Path) -> None:
-    @function_tool
-    async def note(wrapper: Wrapper) -> str:
-        context = wrapper.context
+    async def note(context: ck.TurnContext) -> str:
         await context.store.execute("INSERT INTO notes VALUES (?, ?)", context.user_id, text)
         return json.dumps(await context.store.execute("SELECT * FROM notes"))
 
     text, file = "'; DROP TABLE notes; --", tmp_path / "chat.db"
     change(file, "CREATE TABLE notes (user_id TEXT, text TEXT)")
-    agent, store = (
-        scripted([Call("note")], ["Noted."], [Call("note")], ["Noted."], tools=[note]),
-        ck.Store(file),
-    )
+    agent, store = doing(note, [Call("tool")], ["Done."]), ck.Store(file)
     with pytest.raises(ck.StoreError, match="async with"):
         await store.execute("SELECT 1")
     async with store:
@@ -4380,7 +4220,7 @@ def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, 
 
 
 def test_the_config_says_what_a_page_needs(hello: Client) -> None:
-    config: dict[str, Any] = {"title": "ChatKit", "greeting": "How can I help?", "starters": []}
+    config: Json = {"title": "ChatKit", "greeting": "How can I help?", "starters": []}
     config["model"] = "Script"
     config |= {"models": ["demo"], "uploads": {"max_bytes": 10 * 1024 * 1024}, "dictation": False}
     config |= {"tools": [{"name": "echo", "description": "Give back what it is given."}]}
@@ -4390,11 +4230,11 @@ def test_the_config_says_what_a_page_needs(hello: Client) -> None:
     assert (config["title"], config["greeting"], len(config["starters"])) == ("Kitchen", "Hungry?", 3)
 
 
-@pytest.mark.parametrize(
-    ("show", "hidden"),
-    [("full", []), ("names", ["ARGUMENT", "RESULT"]), ("none", ["ARGUMENT", "RESULT", "secretive"])],
-)
-def test_readers_are_shown_as_much_of_tools_as_is_set(show: str, hidden: list[str]) -> None:
+HIDDEN = {"full": [], "names": ["ARGUMENT", "RESULT"], "none": ["ARGUMENT", "RESULT", "secretive"]}
+
+
+@parametrize("show", HIDDEN)
+def test_readers_are_shown_as_much_of_tools_as_is_set(show: str) -> None:
     @function_tool
     async def secretive(text: str) -> str:
         return "RESULT"
@@ -4406,7 +4246,7 @@ def test_readers_are_shown_as_much_of_tools_as_is_set(show: str, hidden: list[st
         seen += [client.get("/api/conversations/1" + query).text for query in ("", "?format=markdown")]
         seen += [json.dumps(client.operate("items.list", thread_id=thread)) for thread in ("1", "2")]
     for text in seen:
-        assert "Done." in text and not any(word in text for word in hidden), text
+        assert "Done." in text and not any(word in text for word in HIDDEN[show]), text
         assert show == "none" or "secretive" in text, text
     assert "ARGUMENT" in str(shown_to(agent)) and "RESULT" in str(shown_to(agent))
 
@@ -4430,32 +4270,29 @@ def test_an_earlier_message_is_answered_anew_with_other_words() -> None:
         retry = "/api/conversations/1/retry"
         events = list(plain_events(client.post(retry, json={"message_id": 1, "message": "better"})))
         assert said(events) == "three"
-        assert [row["content"] for row in client.messages(1)] == ["better", "three"]
+        assert texts(client) == ["better", "three"]
         assert [item["content"] for item in shown_to(agent)] == ["better"]
         found = [client.get("/api/conversations", params={"q": word}).json() for word in ("better", "second")]
         assert len(found[0]) == 1 and found[1] == []
         assert said(list(plain_events(client.post(retry)))) == "four"
-        assert [row["content"] for row in client.messages(1)] == ["better", "four"]
+        assert texts(client) == ["better", "four"]
 
 
 # ---- the documents
 
 
 @functools.cache
-def document() -> dict[str, Any]:
+def document() -> Json:
     """What /openapi.json says of each route, with its references followed."""
     with serving() as client:
         assert "/openapi.json" in client.get("/docs").text
-        raw = client.get("/openapi.json").json()
+        text = client.get("/openapi.json").text
+    schemas = json.loads(text)["components"]["schemas"]
 
-    def follow(part: Any) -> Any:
-        if isinstance(part, list):
-            return [follow(child) for child in part]
-        if isinstance(part, dict) and "$ref" in part:
-            return follow(raw["components"]["schemas"][part["$ref"].rpartition("/")[2]])
-        return {key: follow(child) for key, child in part.items()} if isinstance(part, dict) else part
+    def follow(part: Json) -> Any:
+        return schemas[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
 
-    paths = follow(raw["paths"])
+    paths = json.loads(text, object_hook=follow)["paths"]
     return {f"{way.upper()} {path}": paths[path][way] for path in paths for way in paths[path]}
 
 
@@ -4492,7 +4329,7 @@ def test_no_status_and_no_answer_is_other_than_the_document_says(tmp_path: Path)
     checks = optional("schemathesis.specs.openapi.checks")
     judged = ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
     judges = [getattr(checks, name) for name in judged]
-    healthy: dict[str, Any] = {"suppress_health_check": list(hypothesis.HealthCheck)}
+    healthy: Json = {"suppress_health_check": list(hypothesis.HealthCheck)}
     tried, file = set[str](), str(tmp_path / "chat.db")
     with serving(TOOLBOX, database=file) as client:
         belongings(client, "local")
@@ -4661,7 +4498,7 @@ def test_the_readmes_generators(here: Path, monkeypatch: Any) -> None:
     assert [item["content"] for item in provider.requests[1]["body"]["input"]] == ["hi", "From afar.", "and?"]
 
 
-@pytest.mark.parametrize("example", ["tools.py"], indirect=True)
+@parametrize("example", ["tools.py"], indirect=True)
 def test_the_readmes_tools_tell_and_ask_the_person(example: Client) -> None:
     events = example.send_message('call weather {"city": "Oslo"}')
     assert kinds(events)[2:7] == ["tool_call", "progress", "effect", "notice", "tool_result"]
@@ -4676,7 +4513,7 @@ def test_the_readmes_tools_tell_and_ask_the_person(example: Client) -> None:
     assert spoken == {"text": "3 bytes of audio/webm"}
 
 
-@pytest.mark.parametrize("example", ["desk.py"], indirect=True)
+@parametrize("example", ["desk.py"], indirect=True)
 def test_the_readmes_desk_hands_over_asks_for_approval_and_looks_at_its_clock(example: Client) -> None:
     assert of_type(example.send_message("call now"), "tool_result")[0]["result"][-4:].isdigit()  # the year
     assert of_type(example.send_message("my card is 4111"), "error")[0]["code"] == "guardrail"
@@ -4687,7 +4524,7 @@ def test_the_readmes_desk_hands_over_asks_for_approval_and_looks_at_its_clock(ex
     assert "5 euros are on their way." in example.post("/api/conversations/3/answers", json=body).text
 
 
-@pytest.mark.parametrize("example", ["recipes.py"], indirect=True)
+@parametrize("example", ["recipes.py"], indirect=True)
 def test_the_readmes_recipe_counts_clicks(example: Client) -> None:
     click = re.findall(r"-d '(.*?)'", section("Extending"), re.S)[-1]
     [item] = of_type(example.send_message('call add_recipe {"name": "Soup"}'), "item")
@@ -4698,7 +4535,7 @@ def test_the_readmes_recipe_counts_clicks(example: Client) -> None:
 
 async def test_the_cells_of_the_readmes_lesson(here: Path, capsys: Any) -> None:
     first, *cells = readme_block("lesson.py").split("# %%\n")
-    names: dict[str, Any] = {"__name__": "__main__"}
+    names: Json = {"__name__": "__main__"}
     exec(first, names)
     with Client(base_url=names["server"].url) as client:
         assert said(await asyncio.to_thread(client.send_message, "hello")) == "hello"
@@ -4725,16 +4562,14 @@ def test_the_readme_lists_every_route_and_what_comes_back() -> None:
 
 
 def test_the_readme_lists_every_event_and_every_code_of_an_error() -> None:
-    @function_tool
-    async def everything(wrapper: Wrapper) -> None:
-        context = wrapper.context
+    async def everything(context: ck.TurnContext) -> None:
         await context.progress("on it")
         await context.effect("ring")
         await context.notice("info", "look")
         await context.remove(await context.widget({"type": "Card", "children": []}))
         await context.update_thread(title="new")
 
-    with serving(scripted([Call("everything")], ["so far", ConnectionError()], tools=[everything])) as client:
+    with serving(doing(everything, answer=["so far", ConnectionError()])) as client:
         seen = {event["type"]: sorted(set(event) - {"type", "_id"}) for event in client.send_message("go")}
     names, fields = told_in("Events"), told_in("Events", 1)
     assert seen == {name: sorted(field) for [name], field in zip(names, fields, strict=True)}
@@ -4763,9 +4598,8 @@ def test_each_section_uses_what_stands_above_it_and_else_what_the_map_says() -> 
         return [name for name, start in starts.items() if start < node.lineno][-1]
 
     def names_in(node: ast.stmt, kind: type[ast.expr_context]) -> set[str]:
-        return {
-            each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, kind)
-        }
+        names = (each for each in ast.walk(node) if isinstance(each, ast.Name))
+        return {each.id for each in names if isinstance(each.ctx, kind)}
 
     home: dict[str, str] = {}
     for top in tops:
@@ -4876,14 +4710,14 @@ STANDIN = """customElements.define("openai-chatkit", class extends HTMLElement {
 });"""
 
 
-def part(kind: str, *children: Any, **fields: Any) -> dict[str, Any]:
+def part(kind: str, *children: Any, **fields: Any) -> Json:
     """A component of a widget; `does` is the type of the action that a click on it is."""
     if action := fields.pop("does", None):
         fields["onClickAction"] = {"type": action, "payload": {"id": 7}}
     return {"type": kind, **fields, **({"children": list(children)} if children else {})}
 
 
-def text(value: str, **fields: Any) -> dict[str, Any]:
+def text(value: str, **fields: Any) -> Json:
     return part("Text", value=value, **fields)
 
 
@@ -4898,11 +4732,7 @@ COMPONENTS = [  # each with what is to be seen of it: a selector, and the text
     (part("Box", text("Mix", weight="bold"), padding={"x": 3}, direction="row"), ".row[style] p", "Mix"),
     (part("Col", part("Markdown", value="**Fry** it")), ".col strong", "Fry"),
     (part("Image", src=f"data:image/png;base64,{PIXEL}", alt="A pan", size=40), "img[alt='A pan']", ""),
-    (
-        part("Button", label="Cook", style="primary", iconStart="play", does="cook"),
-        "button.primary",
-        "▶ Cook",
-    ),
+    (part("Button", label="Cook", style="primary", iconStart="play", does="cook"), ".primary", "▶ Cook"),
     (part("Transition", text("Served", italic=True)), "p[style*=italic]", "Served"),
     (part("Hologram", text("inside"), value="unheard of"), ".col:has(> p:text('inside'))", "unheard of"),
     (part("Chart", data=[{"d": "Mon", "cups": 3}], series=SERIES, xAxis={"dataKey": "d"}), "th + th", "Cups"),
@@ -4955,10 +4785,9 @@ class Tab:
         self.is_idle()
 
     def type(self, *keys: str) -> None:
+        keyboard = self.page.keyboard
         for key in keys:
-            (self.page.keyboard.press if key in ("Enter", "Tab", "Shift+Enter") else self.page.keyboard.type)(
-                key
-            )
+            (keyboard.press if key in ("Enter", "Tab", "Shift+Enter") else keyboard.type)(key)
 
     def sees(self, message: str, selector: str = "#log") -> None:
         self.expect(self.page.locator(selector)).to_contain_text(message)
@@ -5037,18 +4866,7 @@ def counted(number: int) -> list[str]:
     return [f"w{n} " for n in range(number)]
 
 
-def doing(work: Callable[[ck.TurnContext], Any], *then: Any, answer: list[Any] | None = None) -> Agent[Any]:
-    """An agent that calls a tool which does this, and then answers."""
-
-    @function_tool
-    async def tool(wrapper: RunContextWrapper[ck.TurnContext]) -> Any:
-        """Do it."""
-        return await work(wrapper.context)
-
-    return scripted([Call("tool")], answer or ["Done."], *then, tools=[tool])
-
-
-def showing(*widgets: Any, answer: list[Any] | None = None) -> Agent[Any]:
+def showing(*widgets: Any, answer: Any = ("Done.",)) -> Agent[Any]:
     async def work(context: ck.TurnContext) -> None:
         for widget in widgets:
             await context.widget(widget, copy_text="A widget")
@@ -5103,7 +4921,7 @@ class TestPage:
             tab.expect(box).to_be_checked()
 
     def test_title_greeting_starters_models_and_tools_are_the_apps_own(self, visit: Any) -> None:
-        own: dict[str, Any] = {"title": "Kitchen", "greeting": "Hungry?"}
+        own: Json = {"title": "Kitchen", "greeting": "Hungry?"}
         own["starters"] = ("Cook <b>soup</b>",)
         own["models"] = {"fast": "demo", "smart": "demo"}
         with visit(Agent(name="Own", tools=[echo]), **own) as (_, tab):
@@ -5116,10 +4934,8 @@ class TestPage:
             tab.button("Cook <b>soup</b>").click()
             tab.is_idle()
             tab.ask("and now?")
-            assert [(each["model"], each.get("tool_choice")) for each in sent] == [
-                ("smart", "echo"),
-                ("smart", None),
-            ]
+            chosen = [(each["model"], each.get("tool_choice")) for each in sent]
+            assert chosen == [("smart", "echo"), ("smart", None)]
             assert tab.page.title() == "Cook <b>soup</b> \u2013 Kitchen"
 
     def test_thoughts_progress_and_notices(self, visit: Any) -> None:
@@ -5132,9 +4948,13 @@ class TestPage:
             await context.effect("confetti")
 
         agent = doing(report)
-        cast(Script, agent.model).responses[0].insert(0, Think("weigh **this**"))
+        thinking = Wait()
+        cast(Script, agent.model).responses[0][:0] = [Think("weigh **this** "), thinking, Think("and that")]
         with visit(agent) as (_, tab):
             tab.say("x")
+            tab.sees("weigh this", "#thinking")
+            assert tab.texts("#thinking strong") == ["this"]
+            thinking.gate.set()
             tab.sees("Looking about", "#thinking")
             wait.gate.set()
             tab.is_idle()
@@ -5150,9 +4970,8 @@ class TestPage:
             tab.ask("x")
             for _ in tab.now_and_after_a_reload():
                 tab.sees("The end.")
-                assert {
-                    selector: tab.texts(f".assistant {selector}") for selector in WHAT_IS_DRAWN
-                } == WHAT_IS_DRAWN
+                drawn = {selector: tab.texts(f".assistant {selector}") for selector in WHAT_IS_DRAWN}
+                assert drawn == WHAT_IS_DRAWN
                 assert tab.page.locator("ol > li").count() == 2
                 assert tab.link("link").get_attribute("href") == "https://example.org/a_(b)?c=1"
                 tab.sees("snake_case_name, 2 * 3 * 4, *plain*.")
@@ -5161,9 +4980,8 @@ class TestPage:
             assert tab.page.evaluate("navigator.clipboard.readText()") == WHAT_IS_DRAWN["pre"][0]
 
     def test_nothing_that_is_written_can_run(self, visit: Any) -> None:
-        much = [
-            mark * 3000 for mark in ("*", "`", "[", "- ", "> ", "**a ", "_a", "~~a ", "![", "|", "|a\n|-\n")
-        ]
+        marks = ("*", "`", "[", "- ", "> ", "**a ", "_a", "~~a ", "![", "|", "|a\n|-\n")
+        much = [mark * 3000 for mark in marks]
         evil = part("Card", text(HOSTILE), part("Image", src="javascript:hacked=12", alt="evil"))
         evil |= {"background": "url(https://x.example/spy)", "padding": "1px; background: url(//x.example)"}
 
@@ -5204,7 +5022,7 @@ class TestPage:
                     tab.sees(shown, f".card {selector} >> nth=0")
             tab.button("Here").click()
             tab.sees("frontend of yours", "#problem")
-            tab.button("Cook").click()
+            tab.button("Cook").dblclick()  # and yet it is done once
             tab.sees("It smells good.", ".notice")
             for _ in tab.now_and_after_a_reload():
                 tab.sees("Cooked", ".widget >> nth=1")
@@ -5227,15 +5045,9 @@ class TestPage:
             tab.page.get_by_role("combobox", name="Size").select_option("b")
             tab.page.get_by_label("Kind b").check()
             tab.button("Order").click()
-            given = {
-                "id": 1,
-                "name": "Ann",
-                "wish": "no onions",
-                "size": "b",
-                "kind": "b",
-                "day": "2026-12-24",
-            }
-            assert until(lambda: seen and seen.pop()) == ("order", {**given, "hot": True, "table": "Table 3"})
+            given: Json = {"id": 1, "name": "Ann", "wish": "no onions", "size": "b", "kind": "b"}
+            given |= {"day": "2026-12-24", "hot": True, "table": "Table 3"}
+            assert until(lambda: seen and seen.pop()) == ("order", given)
             tab.page.get_by_label("Milk").check()
             assert until(lambda: seen and seen.pop()) == ("tick", {"milk": True})
             tab.expect(tab.page.get_by_text("Choice 2")).to_have_count(0)
@@ -5246,9 +5058,7 @@ class TestPage:
             tab.sees_no(".card")
             assert seen[0][0] == "leave" and len(client.messages(1)) == 4
 
-    def test_an_action_may_come_while_an_answer_is_written_and_have_the_agent_answer(
-        self, visit: Any
-    ) -> None:
+    def test_an_action_may_come_while_an_answer_is_written_and_be_answered(self, visit: Any) -> None:
         async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
             await (context.answer() if action["type"] == "reply" else context.say("Said meanwhile."))
 
@@ -5302,7 +5112,7 @@ class TestPage:
             await context.say("One two.", annotations=notes)
 
         found = [{"type": "url", "url": "https://tea.example"}]
-        search: dict[str, Any] = {"id": "ws", "type": "web_search_call"}
+        search: Json = {"id": "ws", "type": "web_search_call"}
         search |= {"action": {"type": "search", "query": "tea", "sources": found}}
         with visit(doing(work, answer=[search, "Done."])) as (_, tab):
             tab.ask("x")
@@ -5330,7 +5140,7 @@ class TestPage:
                 assert tab.texts() == ["so far"]
 
     def test_reloading_in_mid_answer(self, visit: Any) -> None:
-        agent = scripted(["let me see", Call("echo", {"text": "x"})], counted(60), delay=0.03)
+        agent = scripted(["let me see", Call("echo", {"text": "x"})], counted(80), delay=0.03)
         with visit(agent) as (_, tab):
             tab.say("x")
             for word in ("see", "w7 ", "w23 ", "w41 "):
@@ -5338,7 +5148,7 @@ class TestPage:
                 tab.page.reload()
                 tab.is_busy()
             tab.is_idle()
-            assert tab.texts() == ["let me see", "".join(counted(60)).strip()]
+            assert tab.texts() == ["let me see", "".join(counted(80)).strip()]
             assert tab.texts(".tool summary") == ["echo done"] and tab.texts(".user") == ["x"]
 
     def test_the_network_is_away_for_a_while(self, context: Any) -> None:
@@ -5358,8 +5168,8 @@ class TestPage:
             tab.sees_no("#banner")
 
     def test_the_server_dies_and_comes_back(self, tmp_path: Path, context: Any) -> None:
-        port = ("--port", str(free_port()))
-        with Process(*port, cwd=tmp_path) as process:
+        with Process(cwd=tmp_path) as process:
+            port = "--port", process.url.rpartition(":")[2]
             tab = Tab(context.new_page(), process.url)
             tab.say("hello")
             tab.sees("hello", ".user")
@@ -5446,15 +5256,28 @@ class TestPage:
             wait.gate.set()
             tab.link("second").click()
             tab.sees("two three")
+            failed: list[str] = []
+            tab.page.on("response", lambda each: failed.append(each.url) if each.status >= 400 else None)
             tab.page.evaluate("location.hash = '#/99'")
             tab.sees("Conversation not found", "#problem")
-            assert not tab.texts()
+            tab.page.reload()
+            tab.sees("Conversation not found", "#problem")
+            assert not tab.texts() and not failed
 
     def test_a_token_is_asked_for_and_an_invitation_brings_it_along(self, context: Any, visit: Any) -> None:
         token = bearer("ann")["Authorization"].removeprefix("Bearer ")
         with visit(scripted(["hello"]), jwt_secret=SECRET) as (client, tab):
             tab.sees("load the page again", "#problem")
-            assert "asks for a token" in tab.asked[0]
+            tab.page.evaluate("dispatchEvent(new Event('focus'))")
+            tab.say("x")  # which asks again, and all that wait for an answer share it
+            tab.sees("Not sent: ", "#problem")
+            assert ["asks for a token" in asked for asked in tab.asked] == [True, True]
+            tab.page.goto(f"{client.base_url}/#/1")
+            tab.replies = [token]
+            tab.page.reload()
+            tab.sees("Conversation not found", "#problem")
+            assert len(tab.asked) == 3
+            tab.page.close()
             tab = Tab(context.new_page(), str(client.base_url), "wrong \u2603", token)
             tab.ask("x")
             assert not tab.replies and tab.asked[-1].startswith("The token is not valid")
@@ -5472,7 +5295,7 @@ class TestPage:
 
     def test_questions(self, visit: Any) -> None:
         choice = {"type": "multiple_choice", "options": [{"value": "Small"}, {"value": "Large"}]}
-        asked: list[dict[str, Any]] = [
+        asked: list[Json] = [
             {**choice, "id": "size", "question": "Which size?"},
             {**choice, "id": "more", "question": "Which as well?", "multiple": True},
             {"type": "freeform", "id": "note", "question": "Anything else?"},
@@ -5496,7 +5319,7 @@ class TestPage:
             told = json.loads(client.messages(1)[1]["content"])
             assert [answer["values"] for answer in told] == [["Large"], [], ["No <b>sugar</b>"]]
 
-    def test_a_tool_that_needs_approval_has_two_buttons(self, visit: Any) -> None:
+    def test_a_tool_that_needs_approval_has_two_buttons_and_several_are_one_form(self, visit: Any) -> None:
         wiped: list[str] = []
 
         @function_tool(needs_approval=True)
@@ -5509,9 +5332,9 @@ class TestPage:
             tab.ask("x")
             tab.sees("wipe", "fieldset")
             tab.sees_no(".tool")
-            tab.page.get_by_role("button", name="Approve").first.click()
-            assert not wiped
-            tab.button("Reject").click()
+            tab.page.get_by_label("Approve").first.check()
+            tab.page.get_by_label("Reject").last.check()
+            tab.button("Send answers").click()
             tab.sees("Done.")
             tab.is_idle()
             assert wiped == ["a"]
@@ -5725,7 +5548,7 @@ class TestPage:
 # ====================================================================================================== Load
 
 
-@pytest.mark.skipif(not TEST_ALL, reason="takes half a minute: CHATKIT_TEST_ALL=1 runs it")
+@slow
 def test_a_thousand_streams_at_once_lose_and_mix_up_nothing(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, limits[1]), limits[1]))
@@ -5772,30 +5595,24 @@ def test_readers_that_stop_reading_hold_up_nobody_and_take_no_memory() -> None:
         assert used()["memory"] - before < 150e6
 
 
-def statements() -> Iterator[tuple[str, str]]:
-    """Each SQL statement that stands in the Store, with its method's name."""
-    for method in ast.walk(ast.parse(inspect.getsource(ck.Store))):
-        if isinstance(method, ast.AsyncFunctionDef) and method.name != "check":  # which is in no hurry
-            texts = [str(node.value) for node in ast.walk(method) if isinstance(node, ast.Constant)]
-            sql = [text for text in texts if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)]
-            yield from ((method.name, re.sub(r":\w+|\?\d+", "?", text)) for text in sql)
-
-
-def test_no_statement_goes_through_a_table() -> None:
+def test_no_statement_of_the_store_goes_through_a_table() -> None:
     """By SQLite's own plans. What may be gone through, or sorted: ids that it was given, and search hits."""
-    slow, seen = [], 0
+    nodes = ast.walk(ast.parse(inspect.getsource(ck.Store)))
+    texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+    whole = r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b.*\s(FROM|WHERE|VALUES)\b"  # not a part of one
+    statements = [re.sub(r":\w+|\?\d+", "?", text) for text in texts if re.match(whole, text, re.DOTALL)]
+    slow = []
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript((HERE / "schema.sql").read_text(encoding="utf-8"))
-        for method, sql in statements():
-            seen += 1
+        for sql in statements:
             for *_, step in db.execute(f"EXPLAIN QUERY PLAN {sql}", [None] * sql.count("?")):
                 scan = re.match(r"SCAN (?!.*VIRTUAL TABLE|wanted|found|hit|\(subquery)", step)
                 sort = "TEMP B-TREE" in step and not re.search("_search|DISTINCT", sql)
-                slow += [(method, step)] if scan or sort else []
-    assert not slow and seen > 20
+                slow += [(sql, step)] if scan or sort else []
+    assert not slow and len(statements) > 20
 
 
-@pytest.mark.skipif(not TEST_ALL, reason="depends on what else the machine does: CHATKIT_TEST_ALL=1 runs it")
+@slow
 def test_the_server_is_ready_as_soon_as_its_imports_are(tmp_path: Path) -> None:
     ready, imports = zip(*(seconds_until_ready(tmp_path, HERE) for _ in range(5)), strict=True)
     assert statistics.median(ready) < 1.15 * statistics.median(imports), (ready, imports)
@@ -6026,10 +5843,6 @@ def seconds_until_ready(directory: Path, module: Path) -> tuple[float, float]:
     return ready, time.perf_counter() - began
 
 
-def median_first(one: BareLoop) -> float:
-    return statistics.median(measure(one, 2, 0.02)["first"] for _ in range(10))
-
-
 AT_FIRST: dict[str, Callable[[BareLoop], float]] = {  # of servers only, once
     "MB of memory at the start": lambda one: one.used()["memory"] / 1e6,
     "kB of memory an open stream": lambda one: measure(one, 150, 0.02, 200)["memory"] / 200 / 1e3,
@@ -6037,7 +5850,9 @@ AT_FIRST: dict[str, Callable[[BareLoop], float]] = {  # of servers only, once
 EACH_ROUND: dict[str, Callable[[BareLoop], float]] = {
     "tokens/s, one stream": lambda one: 4000 / measure(one, 4000, 0.0)["seconds"],
     "tokens/s, 100 streams": lambda one: 20_000 / measure(one, 200, 0.0, 100)["seconds"],
-    "ms to the first text": lambda one: median_first(one) * 1e3,
+    "ms to the first text": lambda one: statistics.median(
+        measure(one, 2, 0.02)["first"] * 1e3 for _ in range(10)
+    ),
     "µs of CPU a token, 200 streams at 50 tokens/s": lambda one: measure(one, 200, 0.02, 200)["cpu"] / 0.04,
 }
 
@@ -6069,9 +5884,8 @@ def main() -> None:
     modules = {"ours": HERE, **({"against": options.against.resolve()} if options.against else {})}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         directory = Path(name)
-        servers = (
-            [Served(OFFICIAL, "chatkit", directory, stack)] if importlib.util.find_spec("chatkit") else []
-        )
+        is_there = importlib.util.find_spec("chatkit")
+        servers = [Served(OFFICIAL, "chatkit", directory, stack)] if is_there else []
         for kind, module in modules.items():
             servers += [Served(kind, each, directory, stack, module) for each in ("plain", "chatkit")]
         contestants = [BareLoop(), *servers]
