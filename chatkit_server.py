@@ -39,7 +39,7 @@ The sections. Each uses only what stands above it, and below it what is in brack
     Items            how a row looks to the model, to ChatKit and in plain text (Files)
     Files            what a person attaches
     Turn             one answer being made, its events and its rows (Answering, Run, Saying, Requests, Chat)
-    Answering        from a message to a run (Run, Saying)
+    Answering        from a message to a run (Run, Saying, Requests)
     Run              what the Agents SDK reports becomes rows and events (Saying)
     Saying           texts that grow, and what tools stream
     Agents           who answers in an app: an Agent of the SDK's, a function or a generator
@@ -101,7 +101,7 @@ try:
         ToolInputGuardrailTripwireTriggered, ToolOutputGuardrailTripwireTriggered, Usage, function_tool,
         set_tracing_disabled,
     )  # fmt: skip
-    from agents.exceptions import ModelTimeoutError, _mark_error_to_drain_stream_events
+    from agents.exceptions import ModelTimeoutError, UserError, _mark_error_to_drain_stream_events
     from agents.items import TResponseStreamEvent
     from agents.mcp import MCPServer, MCPServerManager
     from agents.models import get_default_model, get_default_model_settings
@@ -1009,14 +1009,16 @@ class TurnContext:
             await self.widget(widget, copy_text)
             return
         made_up, item = self.generate_id("widget"), Row()
-        async for state in widget:
-            before, item = item, {"id": made_up, **widget_item(state, copy_text)}
-            if not before:
-                await self.stream({"type": "thread.item.added", "item": item})
-            for update in widget_updates(before["widget"], item["widget"]) if before else ():
-                await self.stream({"type": "thread.item.updated", "item_id": made_up, "update": update})
-        if item:
-            await self.stream({"type": "thread.item.done", "item": item})
+        try:
+            async for state in widget:
+                before, item = item, {"id": made_up, **widget_item(state, copy_text)}
+                if not before:
+                    await self.stream({"type": "thread.item.added", "item": item})
+                for update in widget_updates(before["widget"], item["widget"]) if before else ():
+                    await self.stream({"type": "thread.item.updated", "item_id": made_up, "update": update})
+        finally:
+            if item:  # as far as it came
+                await self.stream({"type": "thread.item.done", "item": item})
 
     def generate_id(self, kind: str = "item", thread: Any = None) -> str:
         """An id to stream an item under; it may be forgotten once the item is done."""
@@ -1049,7 +1051,10 @@ class TurnContext:
         await self._show_workflow("updated", task_index)
 
     async def end_workflow(self, summary: Any = None, expanded: bool = False) -> None:
-        """Close it, with {"title", "icon"?} for its summary line, or else {"duration": its seconds}."""
+        """Close it, with {"title", "icon"?} for its summary line, or else {"duration": its seconds}.
+
+        The next assistant message closes one that is open, and so does the end of the turn.
+        """
         item, self._workflow = self._workflow, {}
         if item and item["id"] in self.turn.names:
             took = {"duration": int(time.monotonic() - self._workflow_began)}
@@ -1372,8 +1377,6 @@ class Models(ModelProvider):
             self.default = "gemini/" + settings.gemini_model.split("/")[-1]
         else:
             self.default = "demo"
-        # The models that a message may ask for, by the names that it has for them.
-        self.choices = {self.default: self.default, **settings.models}
 
     def name_of(self, model: str | Model | None) -> str:
         """A model's name, as people may see it."""
@@ -1717,7 +1720,8 @@ def annotation_json(given: Any) -> Row | None:
     if not (url or name):
         return None
     source = source_json("url", url, given.get("title")) if url else source_json("file", name)
-    return filled(type="annotation", source=source, index=given.get("end_index", given.get("index")))
+    index = given.get("end_index", given.get("index"))
+    return filled(type="annotation", source=source, index=index if isinstance(index, int) else None)
 
 
 def annotations_of(item: Row) -> list[Row]:
@@ -1772,15 +1776,10 @@ def shown_item(row: Row, base: str) -> Row:
         if item["type"] == "structured_input":
             return {**item, "status": "skipped"}
         return task_item("none", title=f"{item.get('name', 'The call')} was not answered")
-    return with_urls(item, base)
-
-
-def with_urls(part: Row, base: str) -> Row:
-    """An item, or an update of one, whose picture is kept here: at the app's own URL."""
-    image = part.get("image")
-    if part["type"].startswith("generated_image") and image and image["url"].startswith("/attachments/"):
-        return {**part, "image": {**image, "url": base + image["url"]}}
-    return part
+    image = item.get("image")
+    if item["type"] == "generated_image" and image and image["url"].startswith("/attachments/"):
+        return {**item, "image": {**image, "url": base + image["url"]}}
+    return item
 
 
 def item_text(item: Row) -> str:
@@ -1981,10 +1980,11 @@ class Turn:
         try:
             if self.reason is None:
                 await work()
+                await self.context.end_workflow()
                 await self.keep_thread()
         except asyncio.CancelledError:
             self.reason = self.reason or "shutdown"  # the event loop itself is closing
-        except (Exception, SystemExit, GeneratorExit) as raised:
+        except BaseException as raised:  # whatever it is, the turn has to end
             failure = raised
         self.phase = "ending"
         timer.cancel()
@@ -2007,6 +2007,8 @@ class Turn:
         model, seconds = self.model or self.chat.agents.model_name, time.monotonic() - began
         facts = (printable(self.user_id), self.conversation_id, model, *tokens.values(), seconds, how)
         log.info("turn user=%s thread=%d model=%s in=%d out=%d %.2fs %s", *facts)
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure
 
     async def _put_away(self, failure: BaseException | None) -> Row | None:
         """Leave nothing half-written: what was growing, tools that ran. Returns why it failed."""
@@ -2044,7 +2046,7 @@ class Turn:
         its answer, see speak()."""
         self.user_message, self.is_first, self.row_ids = message, is_first, [message["id"]]
         options = (message["item"] or {}).get("inference_options") or {}
-        self.model = self.chat.models.choices.get(options.get("model") or "")
+        self.model = self.chat.agents.choices.get(options.get("model") or "")
         self.context.tool_choice = (options.get("tool_choice") or {}).get("id")
         self.start(functools.partial(speak, self, resume))
 
@@ -2192,13 +2194,20 @@ async def resumed(turn: Turn, agent: Agent[Any], state: Row, item: Row) -> RunSt
     for row in await turn.chat.store.pending_messages(turn.user_id, turn.conversation_id):
         if row["role"] == "tool":
             turn.calls[row["tool_calls"][0]["id"]] = row
-    run_state = await RunState.from_json(agent, state, context_override=RunContextWrapper(turn.context))
+            turn.row_ids.append(row["id"])
+            await turn.chat.store.update_message(turn.user_id, row["id"], status="streaming")
+    try:
+        run_state = await RunState.from_json(agent, state, context_override=RunContextWrapper(turn.context))
+    except UserError as error:
+        raise Refused(409, "The agent that asked for this is not here any more") from error
     answers = {question["id"]: question["answer"]["values"] for question in item["inputs"]}
     for asked in run_state.get_interruptions():
-        if (answers.get(asked.call_id) or ["Reject"])[0].startswith("Approve"):
+        said = (answers.get(asked.call_id) or ["Reject"])[0]  # one of the options, or words of their own
+        if said.lower().startswith("approve"):
             run_state.approve(asked)
         else:
-            run_state.reject(asked, rejection_message="The person rejected this call.")
+            words = "" if said.startswith("Reject") else f" They said: {said}"
+            run_state.reject(asked, rejection_message=f"The person rejected this call.{words}")
     return run_state
 
 
@@ -2257,6 +2266,7 @@ class Run(RunHooks[TurnContext]):
         self.final_rows: list[int] = []  # messages since the last result of a tool
         self._itemized = False  # the model's response told of its items as they were done
         self._streamed = False  # the message that comes next was said in deltas
+        self._reasons_since = 0.0  # when the model began to; what it thought comes later
         self._handoffs: list[str] = []  # ids of calls that hand over
         self._local: dict[str, Row] = {}  # calls that are like hosted ones, but have a result, by call id
         self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
@@ -2305,6 +2315,8 @@ class Run(RunHooks[TurnContext]):
         turn, kind = self.turn, data.type
         if kind == "response.output_item.added" and is_hosted(data.item):
             await self._begin_hosted(data.item)
+        elif kind == "response.output_item.added" and data.item.type == "reasoning":
+            self._reasons_since = time.monotonic()
         elif kind == "response.output_item.done":
             self._itemized = True
             await self._take_output(data.item)
@@ -2314,13 +2326,15 @@ class Run(RunHooks[TurnContext]):
         elif kind == "response.refusal.delta":
             await self._say(data.delta)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            await say_more(turn, "item", data.delta)
+            draft = await say_more(turn, "item", data.delta)
+            draft.began = self._reasons_since or draft.began
         elif kind == "response.reasoning_summary_part.added" and turn.draft is not None and turn.draft.text:
             await say_more(turn, "item", "\n\n")
         elif kind == "response.image_generation_call.partial_image" and data.item_id in turn.calls:
             row = turn.calls[data.item_id]
             image = await turn.image_json(row["id"], f"data:;base64,{data.partial_image_b64}")
-            turn.update(row["id"], "generated_image.updated", image=image)
+            item = {"type": "generated_image", "image": image}
+            await turn.change_row(row["id"], "thread.item.updated", item=item)
         elif kind == "response.completed":
             if not self._itemized:  # a model that streams nothing but its end
                 for item in data.response.output:
@@ -2530,6 +2544,8 @@ class Draft:
     @classmethod
     async def open(cls, turn: Turn, role: str, text: str) -> Draft:
         """It begins with `text`. Its id is ours: most models give none."""
+        if role == "assistant":
+            await turn.context.end_workflow()
         columns: Row = {"content": storable(text), "status": "streaming"}
         columns |= {"item": thought_item(""), "input": []} if role == "item" else {}
         row = await turn.add_row(role, "thread.item.added", **columns)
@@ -2674,7 +2690,11 @@ class Agents:
         used = [] if self.generator else [agent.model for agent in self.graph] or [None]
         for model in [*models.settings.models.values(), *used]:
             models.get_model(model)
-        self.model_name = self.generator.__name__ if self.generator else models.name_of(used[0])
+        named = getattr(self.generator, "__name__", "generator")
+        self.model_name = named if self.generator else models.name_of(used[0])
+        self.offered = list(dict.fromkeys([self.model_name, *models.settings.models]))
+        # What a message may ask for; None is the agent's own model.
+        self.choices = {models.default: models.default, self.model_name: None, **models.settings.models}
         # By the model that a message asks for. Making one takes as long as all else before the model.
         self.run_configs = {
             model: RunConfig(
@@ -2685,7 +2705,7 @@ class Agents:
                 tool_not_found_behavior="return_error_to_model",
                 tool_error_formatter=told_of_failure,
             )
-            for model in (None, *models.choices.values())
+            for model in {None, *self.choices.values()}
         }
 
     def tools(self) -> dict[str, str]:
@@ -2705,7 +2725,8 @@ class Agents:
                 await self._servers.enter_async_context(manager)
                 self._connected.update(manager.active_servers)
                 for server, error in manager.errors.items():
-                    log.warning("The agent goes without the MCP server %r: %s", server.name, error)
+                    text = "The agent goes without the MCP server %r: %s"
+                    log.warning(text, server.name, str(error) or repr(error))
         foreign = self.models.default != get_default_model()
         for agent in graph:
             included: Any = [INCLUDED[tool.name] for tool in agent.tools if tool.name in INCLUDED]
@@ -2956,7 +2977,7 @@ def check_message(chat: Chat, message: UserMessage) -> None:
     if sum(map(len, [message.text, message.quoted_text or "", *tags])) > limit:
         raise Refused(413, f"Message is longer than {limit} characters")
     tool = options.tool_choice if chat.agents.graph else None  # a function or a generator may know more
-    choices = ("model", options.model, chat.models.choices), ("tool", tool and tool.id, chat.agents.tools())
+    choices = ("model", options.model, chat.agents.choices), ("tool", tool and tool.id, chat.agents.tools())
     for what, chosen, names in choices:
         if chosen is not None and chosen not in names:
             there_is = ", ".join(names) or "none"
@@ -3056,7 +3077,7 @@ class Chat:
     def log_failure(self, what: str, error: BaseException) -> None:
         """A line for the log; with a traceback for what nobody expected, and for all at level debug."""
         code = explain(error)["code"]
-        text = f"{what}: {code}: {type(error).__name__}: {str(error)[:500]}"
+        text = f"{what}: {code}: {traceback.format_exception_only(error)[-1].strip()[:500]}"
         if code == "internal" or log.isEnabledFor(logging.DEBUG):
             text += "\n" + "".join(traceback.format_exception(error)).rstrip()
         log.error("%s", redact(text, self.settings.secrets))
@@ -3277,7 +3298,7 @@ Encoder = Callable[[list[Event]], bytes]  # makes frames of the events that come
 def plain_event(event: Event, base: str, show_tools: str) -> Event | None:
     """An event as the README has it, None for what readers need not know; `base` is the app's own URL."""
     kind = event["type"]
-    if kind in ITEM_EVENTS:
+    if "row" in event:
         growing = kind == "thread.item.added" and event["row"]["role"] in ("assistant", "tool")
         row = None if growing else as_shown(event["row"], show_tools)
         return {"type": "item", "item": thread_item(row, base)} if row and row["item"] else None
@@ -3544,14 +3565,15 @@ def page_json(data: list[Row], most: int) -> Row:
 def chatkit_event(event: Event, base: str, show_tools: str) -> Event | None:
     """The protocol's event for one of ours; those that are the protocol's already pass."""
     kind = event["type"]
-    if kind in ITEM_EVENTS:
+    if "row" in event:
         row = as_shown(event["row"], show_tools)
         item = thread_item(row, base) if row else None
+        if item and kind == "thread.item.updated":
+            update = {"type": "generated_image.updated", "image": item["image"]}
+            return {"type": kind, "item_id": item["id"], "update": update}
         if item and kind == "thread.item.added" and item["type"] == "assistant_message":
             item["content"] = []
         return {"type": kind, "item": item} if item else None
-    if kind == "thread.item.updated":
-        return {**event, "update": with_urls(event["update"], base)}
     if kind == "tool_call" and show_tools != "none":
         return {"type": "progress_update", "text": f"Running {event['name']}"}
     if kind == "error":
@@ -3764,7 +3786,9 @@ class ConversationChange(BaseModel):
 
     title: Title | None = None
     status: Status | None = None
-    status_reason: Annotated[str | None, Field(max_length=500, alias="reason")] = None
+    status_reason: Annotated[str | None, StringConstraints(strip_whitespace=True, max_length=500)] = Field(
+        None, alias="reason"
+    )
     metadata: Row | None = None
 
 
@@ -4064,7 +4088,7 @@ async def get_config(call: Call) -> ConfigOut:
         greeting=settings.greeting,
         starters=list(settings.starters or (TODO_STARTERS if chat.is_todo else ())),
         model=chat.agents.model_name,
-        models=list(chat.models.choices),
+        models=chat.agents.offered,
         tools=[{"name": name, "description": text} for name, text in chat.agents.tools().items()],
         uploads={"max_bytes": settings.max_attachment_bytes},
         dictation=chat.transcriber is not None,
@@ -4820,7 +4844,7 @@ addEventListener("error", ({ target }) => {
 }, true);
 customElements.whenDefined("openai-chatkit").then(async () => {
   const response = await call(`${base}api/config`), config = await response.json();
-  if (!response.ok) return say(`${config.detail} Give the token to the page at ${base} in this tab first.`);
+  if (!response.ok) return say(`${config.detail}. Give the token to the page at ${base} in this tab first.`);
   const { title, greeting, starters, model, models, tools, uploads, dictation } = config;
   const chat = document.createElement("openai-chatkit");
   const uploadStrategy = { type: "direct", uploadUrl: `${url}attachments` };
@@ -4882,6 +4906,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.chat.stop_turns()  # before it waits for their readers to leave
         await super().shutdown(sockets)
+        await self.chat.close()  # where another app is around ours, no lifespan has
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, but that it does not wait for a tool that hangs in a thread."""
@@ -4891,11 +4916,11 @@ class Server(uvicorn.Server):
         except (StoreError, SettingsError) as error:
             self.failure = error
         finally:
-            leftover = asyncio.all_tasks(loop)  # the Chat's keeper among them, where no lifespan closed it
+            leftover = asyncio.all_tasks(loop)  # the keeper of a Chat that did not start among them
             for task in leftover:
                 task.cancel()
             if leftover:
-                loop.run_until_complete(asyncio.wait(leftover, timeout=3))
+                loop.run_until_complete(asyncio.wait(leftover, timeout=2))
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
             self._listener.close()
@@ -4947,7 +4972,8 @@ def serve_in_background(app: FastAPI | None = None, *, host: str = "127.0.0.1", 
     stops the server that it started before. Raises SettingsError, StoreError.
     """
     if app is not None and not hasattr(getattr(app, "state", None), "chat"):
-        raise SettingsError(f"serve_in_background() takes an app: write create_app(...) around {app!r:.60}.")
+        what = type(app).__name__
+        raise SettingsError(f"serve_in_background() takes an app: write create_app(...) around this {what}.")
     servers: list[Server] = []
     shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if hasattr(shell, "get_parent"):  # that of a notebook's kernel

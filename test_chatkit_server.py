@@ -1770,6 +1770,14 @@ def test_what_the_responses_api_streams_arrives_once_and_goes_back_to_it() -> No
     assert sent[0]["action"] == SEARCH and "id" not in sent[0]
 
 
+def test_a_picture_in_the_making_is_shown_to_plain_readers_too() -> None:
+    steps = [{**DRAWN, "partial_image_b64": PIXEL}, "There."]
+    with talking_to("responses", steps, agent=Agent(name="A")) as (client, _):
+        shown = [event["item"] for event in client.send_message("draw") if event["type"] == "item"]
+    assert ["image" in item for item in shown] == [False, True, True]
+    assert {item["id"] for item in shown} == {shown[0]["id"]}
+
+
 def test_pictures_are_files_at_urls_of_ours_and_carried_by_nothing_else(tell: Any, tmp_path: Path) -> None:
     shot = ToolOutputImage(image_url=f"data:image/png;base64,{PIXEL}")
     snap = function_tool(lambda: shot, name_override="snap")
@@ -1854,6 +1862,23 @@ def test_a_tool_that_needs_approval_asks_and_goes_on_after_a_restart(tmp_path: P
     assert outcomes(agent) == decided
 
 
+def test_an_approval_may_be_in_words_and_its_agent_may_be_gone(tmp_path: Path) -> None:
+    agent, file = asking("1", "2"), str(tmp_path / "a.db")
+    with serving(agent, database=file) as client:
+        client.send_message("go")
+        said_so = {"c1": {"values": ["approve, but be quick"]}, "c2": {"values": ["Later."]}}
+        answer(client, said_so, "plain")
+        assert outcomes(agent) == {"c1": "wiped 1", "c2": "The person rejected this call. They said: Later."}
+    billing = scripted([Call("wipe", {"path": "1"}, "c1")], name="Billing", tools=[wipe])
+    desk = scripted([Call("transfer_to_billing", {}, "h1")], name="Desk", handoffs=[billing])
+    with serving(desk, database=str(tmp_path / "b.db")) as client:
+        client.send_message("go")
+    with serving(scripted(["Here."]), database=str(tmp_path / "b.db")) as client:
+        [*_, error, done] = answer(client, {"c1": {"values": ["Approve wipe"]}}, "plain")
+        assert (error["code"], done["status"]) == ("refused", "failed") and "not here" in error["message"]
+        assert said(client.send_message("anyone?", 1)) == "Here."
+
+
 def test_an_agent_may_be_a_tool_that_gives_its_words_and_asks_for_approval(tmp_path: Path) -> None:
     inner, file = asking("1"), str(tmp_path / "a.db")
     helper = inner.as_tool("helper", "Helps.")
@@ -1887,6 +1912,20 @@ def test_a_handoff_is_shown_and_lasts(kind: str, tmp_path: Path, tell: Any) -> N
     alone = scripted(["Who?"], name="Root")  # the agent that had the last word is no longer there
     with serving(alone, database=str(tmp_path / "told.db")) as client:
         assert said(client.send_message("hello", 1)) == "Who?"
+
+
+@parametrize("says", ["Done.", ""])
+def test_a_workflow_that_is_left_open_ends_with_the_next_message_or_the_turn(says: str, tell: Any) -> None:
+    @function_tool
+    async def work(wrapper: RunContextWrapper[ck.TurnContext]) -> None:
+        await wrapper.context.add_workflow_task(
+            {"type": "custom", "title": "Looking", "status_indicator": "loading"}
+        )
+
+    told = tell(scripted([Call("work")], [says], tools=[work]))
+    [workflow] = [item["workflow"] for item in told.items if item["type"] == "workflow"]
+    assert workflow["summary"] == {"duration": 0}
+    assert {row["status"] for row in told.rows} == {"done"}
 
 
 def test_what_a_tool_streams_is_a_message_of_its_own(tell: Any) -> None:
@@ -1972,6 +2011,10 @@ def test_what_an_output_guardrail_blocks_is_removed(tell: Any) -> None:
 waiting = Wait()
 
 
+class Panic(BaseException):
+    pass
+
+
 async def chatty(context: ck.TurnContext, history: list[Any]) -> AsyncIterator[Any]:
     """Does what the last message says."""
     message = history[-1]["content"]
@@ -1979,6 +2022,8 @@ async def chatty(context: ck.TurnContext, history: list[Any]) -> AsyncIterator[A
         yield "You said: "
     if message == "raise":
         raise ValueError("on purpose")
+    if message == "panic":
+        raise Panic
     if message == "wait":
         await waiting.pass_through()
     for _ in range(10_000 if message == "much" else message == "hello"):
@@ -2009,6 +2054,7 @@ def test_what_a_tool_guardrail_rejects_is_told_to_the_model() -> None:
 
 TALK = {"raise": ("failed", ["You said: "]), "wait": ("cancelled", ["You said: "])}
 TALK |= {"much": ("completed", ["You said: " + "much " * 10_000]), "nothing": ("completed", [])}
+TALK["panic"] = TALK["raise"]  # by what is no Exception
 
 
 @parametrize("message", TALK)
@@ -4222,7 +4268,7 @@ def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, 
 def test_the_config_says_what_a_page_needs(hello: Client) -> None:
     config: Json = {"title": "ChatKit", "greeting": "How can I help?", "starters": []}
     config["model"] = "Script"
-    config |= {"models": ["demo"], "uploads": {"max_bytes": 10 * 1024 * 1024}, "dictation": False}
+    config |= {"models": ["Script"], "uploads": {"max_bytes": 10 * 1024 * 1024}, "dictation": False}
     config |= {"tools": [{"name": "echo", "description": "Give back what it is given."}]}
     assert hello.get("/api/config").json() == config
     with serving(title="Kitchen", greeting="Hungry?") as client:
