@@ -515,7 +515,7 @@ class Store(Database):
 
     async def _update(self, table: str, user_id: str, row_id: int, given: Row, told: str = "*") -> Row | None:
         changes = ", ".join(f"{name} = ?" for name in given)
-        sql = f"UPDATE {table} SET {changes} WHERE id = ? AND user_id = ? RETURNING {told}"  # noqa: S608  # ours
+        sql = f"UPDATE {table} SET {changes} WHERE id = ? AND user_id = ? RETURNING {told}"  # noqa: S608
         return _first(await self._write(sql, *given.values(), row_id, user_id))
 
     async def delete_conversation(self, user_id: str, conversation_id: int) -> bool:
@@ -561,8 +561,8 @@ class Store(Database):
     async def add_message(self, user_id: str, conversation_id: int, **columns: Any) -> Row | None:
         """The new row with these columns of `messages`, or None where the user has no such conversation."""
         names, values = ", ".join(columns), ", ".join("?" * len(columns))
-        sql = f"""INSERT INTO messages (conversation_id, user_id, {names})
-            SELECT id, user_id, {values} FROM conversations WHERE id = ? AND user_id = ? RETURNING *"""  # noqa: S608
+        sql = f"INSERT INTO messages (conversation_id, user_id, {names}) SELECT id, user_id, {values}"
+        sql += " FROM conversations WHERE id = ? AND user_id = ? RETURNING *"
         return _first(await self._write(sql, *columns.values(), conversation_id, user_id))
 
     async def update_message(self, user_id: str, message_id: int, **columns: Any) -> Row | None:
@@ -1315,7 +1315,7 @@ def _named_calls(words: str, tools: Iterable[str]) -> list[ToolCall]:
 def understand(text: str) -> list[ToolCall]:
     """What the to-do commands in a message ask for."""
     calls: list[ToolCall] = []
-    text = " ".join(re.sub('["“”]', "", text[:1000]).split())  # a pattern may look at all of it many times
+    text = " ".join(re.sub('["“”]', "", text[:1000]).split())  # a pattern may look at all of it often
     any_verb = "|".join(verbs for verbs, _, _ in _COMMANDS)
     on_my_list = "(?: (?:to|on|from) (?:my|the) (?:to-?do )?list)?(?:,? please)?"
     for clause in re.split(f"(?:[.;!?,]| and| then)+ (?=(?:please )?(?:{any_verb}) )", text, flags=re.I):
