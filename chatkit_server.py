@@ -2032,6 +2032,7 @@ class Turn:
     async def _explain(self, failure: BaseException) -> Row:
         """What a failure means for the person, and for what was said before it."""
         self.chat.log_failure(f"thread {self.conversation_id}: the turn failed", failure)
+        self.chat.agents.in_doubt = True
         error, item = explain(failure), self.user_message.get("item") or {}
         if error["code"] == "refused" and item.get("attachments"):
             error["message"] = "The model's provider refused the request, perhaps for the attached files."
@@ -2685,8 +2686,9 @@ class Agents:
         self._source: Any = todo_agent() if source is None else source
         self.graph = agents_within(self._source) if isinstance(self._source, Agent) else []
         self._servers = contextlib.AsyncExitStack()
-        self._connected: set[MCPServer] = set()
+        self._connected: dict[MCPServer, MCPServerManager] = {}
         self._connecting = asyncio.Lock()
+        self.in_doubt = False  # a turn failed, perhaps for an MCP server that went away
         used = [] if self.generator else [agent.model for agent in self.graph] or [None]
         for model in [*models.settings.models.values(), *used]:
             models.get_model(model)
@@ -2719,14 +2721,15 @@ class Agents:
     async def prepare(self, graph: list[Agent[Any]]) -> None:
         """Connect MCP servers that are not, and keep tools from ending the process."""
         async with self._connecting:
-            new = {server for agent in graph for server in agent.mcp_servers} - self._connected
-            if new:
-                manager = MCPServerManager(new, connect_in_parallel=True)
-                await self._servers.enter_async_context(manager)
-                self._connected.update(manager.active_servers)
-                for server, error in manager.errors.items():
+            new = {server for agent in graph for server in agent.mcp_servers} - self._connected.keys()
+            managers = {server: MCPServerManager([server]) for server in new}
+            await asyncio.gather(*map(self._servers.enter_async_context, managers.values()))
+            for server, manager in managers.items():
+                if error := manager.errors.get(server):
                     text = "The agent goes without the MCP server %r: %s"
                     log.warning(text, server.name, str(error) or repr(error))
+                else:
+                    self._connected[server] = manager
         foreign = self.models.default != get_default_model()
         for agent in graph:
             included: Any = [INCLUDED[tool.name] for tool in agent.tools if tool.name in INCLUDED]
@@ -2740,6 +2743,13 @@ class Agents:
                 if isinstance(tool, FunctionTool) and getattr(invoke, "func", None) is not contained:
                     tool.on_invoke_tool = functools.partial(contained, tool.name, tool.on_invoke_tool)
 
+    async def _reconnect(self, servers: list[MCPServer]) -> None:
+        """Those that do not answer any more: they were stopped, or the laptop slept."""
+        answers = await asyncio.gather(*(each.list_tools() for each in servers), return_exceptions=True)
+        for server, answer in zip(servers, answers, strict=True):
+            if isinstance(answer, BaseException):
+                await self._connected[server].reconnect(failed_only=False)
+
     async def agent_for(self, turn: Turn, *, first: bool = False) -> Agent[Any]:
         """Who answers in this turn: the agent that had the last word, or the `first` of the graph."""
         graph, choice, last = self.graph, turn.context.tool_choice, turn.conversation["agent"]
@@ -2750,6 +2760,9 @@ class Agents:
                 raise TypeError(f"the function that makes the agent returned a {type(made).__name__}")
             graph = agents_within(made)
             await self.prepare(graph)
+        if self.in_doubt:
+            self.in_doubt = False
+            await self._reconnect([server for agent in graph for server in agent.mcp_servers])
         agent = next((each for each in graph if each.name == last and not first), graph[0])
         if choice in [tool.name for tool in agent.tools]:
             agent = agent.clone(model_settings=replace(agent.model_settings, tool_choice=choice))

@@ -2102,27 +2102,36 @@ async def test_without_a_server_an_answer_goes_on_and_leaving_stops_it(tmp_path:
 # ---- MCP
 
 TINY_MCP = """
+import os
 from mcp.server import MCPServer
 app = MCPServer("tiny")
 @app.tool()
 def add(a: int, b: int) -> str:
     return str(a + b)
+@app.tool()
+def die() -> str:
+    os._exit(1)
 app.run()
 """
 
 
-def test_mcp_servers_are_connected_and_one_that_cannot_be_is_a_warning(tmp_path: Path, caplog: Any) -> None:
+def test_mcp_servers_are_connected_also_anew_and_one_that_cannot_be_is_a_warning(
+    tmp_path: Path, caplog: Any
+) -> None:
     (tmp_path / "tiny.py").write_text(TINY_MCP)
     params: Any = {"command": sys.executable, "args": [str(tmp_path / "tiny.py")]}
     good = MCPServerStdio(params, name="tiny", client_session_timeout_seconds=20)
     bad = MCPServerStdio(cast(Any, {"command": str(tmp_path / "nothing")}), name="broken")
-    agent = scripted([Call("add", {"a": 1, "b": 2})], ["Three."], tools=[], mcp_servers=[good, bad])
+    three: Any = [Call("add", {"a": 1, "b": 2})], ["Three."]
+    agent = scripted(*three, [Call("die", {})], *three, tools=[], mcp_servers=[good, bad])
     app, outer = make_app(agent), FastAPI()
     outer.mount("/inner", app)
     outer.state.chat = app.state.chat
     with ck.serve_in_background(outer) as url, Client(base_url=f"{url}/inner") as client:
-        events = client.send_message("go")
-    assert of_type(events, "tool_result")[0]["result"] == "3" and said(events) == "Three."
+        first, died, anew = (client.send_message("go") for _ in range(3))
+    for events in (first, anew):
+        assert of_type(events, "tool_result")[0]["result"] == "3" and said(events) == "Three."
+    assert died[-1]["status"] == "failed"
     assert any("broken" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 
 
