@@ -2058,6 +2058,7 @@ class Turn:
         if replace(thread, status=status) == thread_of(self.conversation):
             return
         if status.get("type") not in ("active", "locked", "closed"):
+            vars(thread).update(vars(thread_of(self.conversation)))
             raise ValueError("a conversation is active, locked or closed")
         changes = {"title": str(thread.title).strip()[:200], "metadata": json_copy(thread.metadata)}
         changes |= {"status": status["type"], "status_reason": status.get("reason")}

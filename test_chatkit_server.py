@@ -4172,6 +4172,38 @@ def test_a_wrong_argument_is_answered_with_what_belongs_there(code: str) -> None
     assert "only a short secret" not in text
 
 
+# The same of the context, in a generator, a tool or an action handler.
+WRONG_CALLS = {
+    'widget({"type": "Text"})': "Card",
+    'ask([{"type": "freeform", "id": "a", "question": "?"}] * 2)': "an id of its own",
+    "ask([])": "at least 1",
+    'client_tool("x", {"y": object()})': "object",
+    "update_workflow_task({}, 0)": "task 0",
+    "answer()": "action handlers",
+    'stream({"type": "done"})': "'done'",
+    'stream({"type": "notice", "level": "loud", "message": "!"})': "'notice'",
+    "remove(999)": "999",
+    'replace_widget(1, {"type": "Card"})': "no widget 1",
+    'update_thread(status="gone")': "closed",
+}
+
+
+def test_a_wrong_call_of_the_context_is_answered_with_what_is_wrong() -> None:
+    async def answer(context: Any, history: Any) -> AsyncIterator[str]:
+        for code in WRONG_CALLS:
+            try:
+                called = eval("context." + code, {"context": context})
+                yield f"{code}: {await called}"
+            except (TypeError, ValueError, LookupError, RuntimeError) as error:
+                yield f"{error}\n"
+
+    with serving(answer) as visitor:
+        *events, done = visitor.send_message("go")
+    assert done["status"] == "completed"
+    texts = said(events).splitlines()
+    assert [word for word in WRONG_CALLS.values() if not any(word in text for text in texts)] == []
+
+
 BAD_SETTINGS = """
 CHATKIT_PORT http 99999 -1 1.5
 CHATKIT_HISTORY_LIMIT 0 -1 many
