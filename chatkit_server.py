@@ -65,6 +65,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Pytho
 import argparse
 import asyncio
 import base64
+import collections
 import contextlib
 import difflib
 import errno
@@ -625,6 +626,13 @@ class Store(Database):
         async with self._transaction():
             sql = "DELETE FROM messages WHERE conversation_id = ? AND user_id = ? AND id > ?"
             await self._read(sql, conversation_id, user_id, sent)
+            # Who had the last word then, as the result of the last handoff says.
+            sql = """UPDATE conversations SET agent = (
+                    SELECT json_extract(content, '$.assistant') FROM messages WHERE conversation_id = ?1
+                        AND role = 'tool' AND content LIKE '{"assistant":%' AND json_valid(content)
+                    ORDER BY id DESC LIMIT 1)
+                WHERE id = ?1 AND user_id = ?2"""
+            await self._read(sql, conversation_id, user_id)
             sql = """UPDATE messages SET status = 'done', error = NULL, content = ?, item = ?
                 WHERE id = ? AND user_id = ? RETURNING *"""
             return _first(await self._read(sql, content, item, sent, user_id))
@@ -1011,14 +1019,16 @@ class TurnContext:
         made_up, item = self.generate_id("widget"), Row()
         try:
             async for state in widget:
-                before, item = item, {"id": made_up, **widget_item(state, copy_text)}
+                before, item = item, widget_item(state, copy_text)
                 if not before:
-                    await self.stream({"type": "thread.item.added", "item": item})
-                for update in widget_updates(before["widget"], item["widget"]) if before else ():
-                    await self.stream({"type": "thread.item.updated", "item_id": made_up, "update": update})
+                    await self.stream({"type": "thread.item.added", "item": {"id": made_up, **item}})
+                    continue
+                for update in widget_updates(before["widget"], item["widget"]):
+                    row_id = self.turn.names[made_up]
+                    await self.turn.change_row(row_id, "thread.item.updated", update, item=item)
         finally:
             if item:  # as far as it came
-                await self.stream({"type": "thread.item.done", "item": item})
+                await self.stream({"type": "thread.item.done", "item": {"id": made_up, **item}})
 
     def generate_id(self, kind: str = "item", thread: Any = None) -> str:
         """An id to stream an item under; it may be forgotten once the item is done."""
@@ -1030,13 +1040,15 @@ class TurnContext:
         It is {"type": "custom" or "reasoning", "tasks": [...], "summary"?, "expanded"?}.
         """
         content = {"type": "custom", "tasks": [], "expanded": False, **json_copy(workflow)}
+        while self._workflow:
+            await self.end_workflow()
         self._workflow = {"id": self.generate_id("workflow"), "type": "workflow", "workflow": content}
         self._workflow_began = time.monotonic()
         await self._show_workflow("added", 0)
 
     async def add_workflow_task(self, task: Any) -> None:
         """One more step, such as {"type": "custom", "title": "...", "status_indicator": "loading"}."""
-        if not self._workflow:
+        while not self._workflow:  # another tool may close it at once
             await self.start_workflow({})
         tasks = self._workflow["workflow"]["tasks"]
         tasks.append(json_copy(task))
@@ -1055,7 +1067,8 @@ class TurnContext:
 
         The next assistant message closes one that is open, and so does the end of the turn.
         """
-        item, self._workflow = self._workflow, {}
+        async with self._showing:
+            item, self._workflow = self._workflow, {}
         if item and item["id"] in self.turn.names:
             took = {"duration": int(time.monotonic() - self._workflow_began)}
             item["workflow"].setdefault("summary", took)
@@ -1066,11 +1079,14 @@ class TurnContext:
         """A step that was added or updated; the first shows the workflow."""
         item, content = self._workflow, self._workflow["workflow"]
         async with self._showing:
-            if row_id := self.turn.names.get(item["id"]):
-                task = content["tasks"][index]
-                self.turn.update(row_id, f"workflow.task.{change}", task_index=index, task=task)
-            elif content["tasks"] or content["type"] == "reasoning":
-                await self.stream({"type": "thread.item.added", "item": item})
+            is_open = item is self._workflow  # or another tool has closed it meanwhile, with this step in it
+            row_id = self.turn.names.get(item["id"])
+            if row_id is None and (content["tasks"] or content["type"] == "reasoning"):
+                await self.stream({"type": f"thread.item.{'added' if is_open else 'done'}", "item": item})
+            elif row_id is not None and is_open:
+                task, kept = content["tasks"][index], {"type": "workflow", "workflow": content}
+                update = {"type": f"workflow.task.{change}", "task_index": index, "task": task}
+                await self.turn.change_row(row_id, "thread.item.updated", update, item=kept)
 
 
 def widget_item(root: Any, copy_text: str | None) -> Row:
@@ -1587,19 +1603,21 @@ def model_input(rows: list[Row], hosted: bool) -> list[Row]:
 
 
 def _with_outputs(items: list[Row]) -> list[Row]:
-    """Each call gets an output and each output has a call, or providers refuse the history.
+    """Each function call gets an output, and what else has no counterpart goes, or providers refuse it all.
 
     A turn may break off between the two, and the oldest rows may be cut between them. Outputs stand behind
     all calls of one response.
     """
-    kinds = ("function_call", "function_call_output")
-    called, answered = ({item["call_id"] for item in items if item.get("type") == kind} for kind in kinds)
+    paired = collections.Counter(item.get("call_id") for item in items)
     text = "(There is no result: the person's side did not let this come to its end.)"
     whole: list[Row] = []
-    for are_calls, group in itertools.groupby(items, key=lambda item: item.get("type") == kinds[0]):
-        together = [item for item in group if item.get("type") != kinds[1] or item["call_id"] in called]
-        lost = [item["call_id"] for item in together if are_calls and item["call_id"] not in answered]
-        whole += together + [{"type": kinds[1], "call_id": call_id, "output": text} for call_id in lost]
+    for are_calls, group in itertools.groupby(items, key=lambda item: item.get("type") == "function_call"):
+        together = [
+            item for item in group if are_calls or not item.get("call_id") or paired[item["call_id"]] > 1
+        ]
+        lost = [item["call_id"] for item in together if are_calls and paired[item["call_id"]] == 1]
+        lost_output = {"type": "function_call_output", "output": text}
+        whole += together + [{**lost_output, "call_id": call_id} for call_id in lost]
     return whole
 
 
@@ -1745,6 +1763,13 @@ def task_item(indicator: str, **task: Any) -> Row:
     return {"type": "task", "task": {"type": "custom", "status_indicator": indicator, **filled(**task)}}
 
 
+def hosted_args(raw: Row) -> Row:
+    """What a call asks for that is none of a function."""
+    return {
+        name: raw[name] for name in ("queries", "action", "operation", "code", "arguments") if raw.get(name)
+    }
+
+
 def hosted_item(raw: Row, indicator: str) -> Row:
     """A call of a tool on the provider's side, such as a web search, as one of ChatKit's tasks.
 
@@ -1759,8 +1784,9 @@ def hosted_item(raw: Row, indicator: str) -> Row:
         names = [result.get("filename") or result.get("file_id") for result in raw.get("results") or []]
         sources = [source_json("file", name) for name in dict.fromkeys(names)]
         return task_item(indicator, type="file", title=", ".join(raw.get("queries") or []), sources=sources)
-    rest = {name: raw[name] for name in ("arguments", "action", "output", "error") if raw.get(name)}
-    told = [raw.get("code"), *(each.get("logs") for each in raw.get("outputs") or []), rest and to_json(rest)]
+    logs = [each.get("logs") for each in raw.get("outputs") or []]
+    rest = {name: part for name, part in hosted_args(raw).items() if name != "code"}
+    told = [raw.get("code"), *logs, rest and to_json(rest), raw.get("output"), raw.get("error")]
     content = "\n\n".join(code_block(str(text)) for text in told if text)
     title = raw.get("name") or kind.replace("_", " ").capitalize()
     return task_item(indicator, title=title, content=content)
@@ -1776,8 +1802,11 @@ def shown_item(row: Row, base: str) -> Row:
         if item["type"] == "structured_input":
             return {**item, "status": "skipped"}
         return task_item("none", title=f"{item.get('name', 'The call')} was not answered")
+    if row["role"] == "tool" and row["status"] not in ("streaming", "pending"):
+        ended = item["task"]["status_indicator"].replace("loading", "none")
+        return {**item, "task": {**item["task"], "status_indicator": ended}}
     image = item.get("image")
-    if item["type"] == "generated_image" and image and image["url"].startswith("/attachments/"):
+    if item["type"] == "generated_image" and image and str(image.get("url")).startswith("/attachments/"):
         return {**item, "image": {**image, "url": base + image["url"]}}
     return item
 
@@ -1890,6 +1919,12 @@ ENDINGS = {None: "done", "cancelled": "cancelled", "deleted": "cancelled"}
 ENDINGS |= {"timeout": "failed", "shutdown": "interrupted"}
 
 
+def whole(work: T) -> T:
+    """A method that a stop does not cut in two: what is in the file is told, too."""
+    method = cast(Callable[..., Awaitable[Any]], work)
+    return cast(T, functools.wraps(method)(lambda *given, **more: asyncio.shield(method(*given, **more))))
+
+
 class Turn:
     """One answer being made, in a task of its own; it goes on whether anybody follows or not."""
 
@@ -1910,8 +1945,10 @@ class Turn:
         self.run: Run | None = None
         self.last_message_id: int | None = None
         self.draft: Draft | None = None  # what the model is saying
+        self.opening = asyncio.Lock()  # it: tools speak side by side
         self.calls: dict[str, Row] = {}  # rows of what the model began and did not end, by call or item id
         self.row_ids: list[int] = []  # of the message, and of all that this turn stored
+        self.growing: set[int] = set()  # those that are still to be done
         self.names: dict[str, int] = {}  # the rows of items, by the ids that those who streamed them made up
         self.shown = False  # something other than the model's text was
         self._task: asyncio.Task[None] | None = None
@@ -1929,9 +1966,9 @@ class Turn:
         self.events.append(event)
         self.news.set()
 
-    def show(self, change: str, row: Row) -> None:
-        """Tell of a stored item; `change` is one of ITEM_EVENTS."""
-        self.emit({"type": change, "row": row})
+    def show(self, change: str, row: Row, update: Row | None = None) -> None:
+        """Tell of a stored item; `change` is one of ITEM_EVENTS, or "thread.item.updated" by this update."""
+        self.emit(filled(type=change, row=row, update=update))
 
     def update(self, row_id: int, kind: str, **parts: Any) -> None:
         """Tell how an item grows; `kind` and `parts` are one of the protocol's updates."""
@@ -2020,10 +2057,9 @@ class Turn:
         if self.draft is not None:
             await self.draft.close(status)
         if status != "done":
-            unfinished = {row["id"] for row in self.calls.values()} | set(self.names.values())
             end = self.chat.store.end_messages
             for row in await patiently(end, self.user_id, self.row_ids, status, error):
-                if row["id"] in unfinished:
+                if row["id"] in self.growing:
                     self.show("thread.item.done", row)
         if self.reason == "cancelled" and (self.user_message or self.run):  # an action is no answer
             await self.add_row("system", content=STOPPED)
@@ -2072,6 +2108,7 @@ class Turn:
 
     # ---- rows
 
+    @whole
     async def add_row(self, role: str, change: str | None = None, **columns: Any) -> Row:
         """A new item of the conversation; readers are told if `change` is one of ITEM_EVENTS.
 
@@ -2082,15 +2119,22 @@ class Turn:
         if row is None:
             raise LookupError("the conversation was deleted")
         self.row_ids.append(row["id"])
+        if row["status"] == "streaming":
+            self.growing.add(row["id"])
         if change is not None:
             self.show(change, row)
         return row
 
-    async def change_row(self, row_id: int, change: str = "thread.item.done", **columns: Any) -> None:
-        """An item becomes something else, and readers are told."""
+    @whole
+    async def change_row(
+        self, row_id: int, change: str = "thread.item.done", update: Row | None = None, **columns: Any
+    ) -> None:
+        """An item becomes something else, and readers are told, see show()."""
         row = await patiently(self.chat.store.update_message, self.user_id, row_id, **columns)
         if row is not None:
-            self.show(change, row)
+            if row["status"] != "streaming":
+                self.growing.discard(row_id)
+            self.show(change, row, update)
 
     async def find_row(self, item_id: Any) -> Row:
         """The row of an item, by its id or by what somebody made up for it. Raises LookupError."""
@@ -2155,6 +2199,7 @@ async def speak(turn: Turn, resume: tuple[Row, Row] | None = None) -> None:
     Or go on where its tools waited for approval: `resume` is the run's state, and the item with the answers.
     """
     agents = turn.chat.agents
+    await close_draft(turn)  # of an action that has the agent speak
     if resume is None and not turn.is_first:  # what the person's side did not give is not waited for any more
         for row in await turn.chat.store.end_unfinished(turn.user_id, turn.conversation_id):
             turn.show("thread.item.replaced", row)
@@ -2197,11 +2242,14 @@ async def resumed(turn: Turn, agent: Agent[Any], state: Row, item: Row) -> RunSt
         if row["role"] == "tool":
             turn.calls[row["tool_calls"][0]["id"]] = row
             turn.row_ids.append(row["id"])
+            turn.growing.add(row["id"])
             await turn.chat.store.update_message(turn.user_id, row["id"], status="streaming")
+    context = RunContextWrapper(turn.context)
     try:
-        run_state = await RunState.from_json(agent, state, context_override=RunContextWrapper(turn.context))
+        run_state = await RunState.from_json(agent, state, context_override=context)
     except UserError as error:
         raise Refused(409, "The agent that asked for this is not here any more") from error
+    context.usage = Usage()  # what was used before is told already
     answers = {question["id"]: question["answer"]["values"] for question in item["inputs"]}
     for asked in run_state.get_interruptions():
         said = (answers.get(asked.call_id) or ["Reject"])[0]  # one of the options, or words of their own
@@ -2240,8 +2288,10 @@ def json_object(text: str | None) -> Row:
 
 
 def tool_text(output: Any, parts: Any) -> str:
-    """A tool's output in words; `parts` is what the SDK made of it, a list where there are pictures."""
-    if isinstance(parts, list):
+    """A tool's output in words; `parts` is what the SDK made of it, a list where there may be pictures."""
+    if isinstance(parts, dict):
+        return ""  # a screenshot
+    if isinstance(parts, list) and all("type" in part for part in parts):
         return "\n".join(part["text"] for part in parts if part.get("type") == "input_text")
     if isinstance(output, str):
         return output
@@ -2270,7 +2320,6 @@ class Run(RunHooks[TurnContext]):
         self._streamed = False  # the message that comes next was said in deltas
         self._reasons_since = 0.0  # when the model began to; what it thought comes later
         self._handoffs: list[str] = []  # ids of calls that hand over
-        self._local: dict[str, Row] = {}  # calls that are like hosted ones, but have a result, by call id
         self._idle = asyncio.Event()  # set while all that the model said so far has been dealt with
         self._idle.set()
 
@@ -2279,7 +2328,7 @@ class Run(RunHooks[TurnContext]):
         turn, run = self.turn, self.result
         try:
             events: Any = run.stream_events()
-            async with contextlib.aclosing(events):
+            async with contextlib.aclosing(events), self._cancelled_by_failure():
                 async for event in events:
                     self._idle.clear()
                     if event.type == "run_item_stream_event":
@@ -2298,6 +2347,15 @@ class Run(RunHooks[TurnContext]):
         if turn.reason is None:
             await close_draft(turn)
             await self._conclude(run)
+
+    @contextlib.asynccontextmanager
+    async def _cancelled_by_failure(self) -> AsyncIterator[None]:
+        """Where an event cannot be dealt with, the run must end first: its tools wait until all is."""
+        try:
+            yield
+        except BaseException:
+            self.result.cancel()
+            raise
 
     # ---- from the model's raw events
 
@@ -2357,6 +2415,9 @@ class Run(RunHooks[TurnContext]):
             await self._begin_call(input_of(item))
         elif is_hosted(item):
             await self._end_hosted(item)
+        elif kind.endswith("_output"):  # of such a call; the runner will tell it again, after the message
+            result = input_of(item)
+            await self._take_result(result.get("output"), result)
 
     async def _begin_call(self, call: Row) -> None:
         """A tool call, as an input item.
@@ -2364,10 +2425,14 @@ class Run(RunHooks[TurnContext]):
         The calls of one response stay together in the first one's row, in front of all outputs: Gemini
         signs only the first of a response.
         """
+        args = json_object(call["arguments"])
+        if not args:  # perhaps half of them, which providers would refuse ever after
+            call["arguments"] = "{}"
         first = next((row for row in self.turn.calls.values() if row["input"]), None)
         if first is not None:
             first["input"].append(call)
-        told = {"id": call["call_id"], "name": call["name"], "args": json_object(call["arguments"])}
+            await self.turn.chat.store.update_message(self.turn.user_id, first["id"], input=first["input"])
+        told = {"id": call["call_id"], "name": call["name"], "args": args}
         await self._begin(call["call_id"], tool_calls=[told], input=None if first else [call])
 
     async def _begin(self, call_id: str, role: str = "tool", **columns: Any) -> Row:
@@ -2393,21 +2458,27 @@ class Run(RunHooks[TurnContext]):
         if raw["type"] == "image_generation_call":
             self.turn.shown = True
             return await self._begin(call_id, "item", item={"type": "generated_image"}, input=[])
-        told = {key: raw[key] for key in ("queries", "action", "code", "arguments") if raw.get(key)}
-        call = {"id": call_id, "name": raw.get("name") or raw["type"].removesuffix("_call"), "args": told}
+        call = {
+            "id": raw.get("call_id") or call_id,
+            "name": raw.get("name") or raw["type"].removesuffix("_call"),
+        }
+        call["args"] = hosted_args(raw)
         return await self._begin(call_id, tool_calls=[call], item=hosted_item(raw, "loading"), input=[])
 
     async def _end_hosted(self, item: Any) -> None:
-        """It is done. What this program does for it, such as moving a mouse, has its output still to come."""
+        """The call is whole, and done, but for what this program does, such as moving a mouse."""
         turn, raw, item_id = self.turn, input_of(item), str(item.id)
         row = turn.calls.get(item_id) or await self._begin_hosted(item)
-        del turn.calls[item_id]
-        self._local[str(raw.get("call_id"))] = {**row, "input": [raw]}
-        if raw["type"] == "image_generation_call":
-            if item.result:
-                text = str(raw.get("revised_prompt") or "")
-                await turn.show_picture(row, f"data:;base64,{item.result}", content=text, input=[raw])
+        if raw["type"] == "image_generation_call" and not item.result:
             return
+        del turn.calls[item_id]
+        if raw["type"] == "image_generation_call":
+            text = str(raw.get("revised_prompt") or "")
+            return await turn.show_picture(row, f"data:;base64,{item.result}", content=text, input=[raw])
+        if call_id := raw.get("call_id"):  # its output is still to come, perhaps once the person approves
+            columns: Row = {"item": hosted_item(raw, "loading"), "input": [raw]}
+            turn.calls[call_id] = row | columns
+            return await turn.change_row(row["id"], "thread.item.replaced", **columns)
         logs = [str(output["logs"]) for output in raw.get("outputs") or [] if output.get("logs")]
         text = "\n".join(filter(None, [*logs, str(raw.get("output") or "")]))
         await self._end(row, text, item=hosted_item(raw, "complete"), input=[raw])
@@ -2437,23 +2508,20 @@ class Run(RunHooks[TurnContext]):
     async def _take_result(self, output: Any, result: Row) -> None:
         """A tool's result, `result` being its input item; or what is left to the person's side."""
         turn, call_id = self.turn, str(result.get("call_id"))
-        self.final_rows.clear()
         await close_draft(turn)  # what the tool said is a message of its own
-        if local := self._local.get(call_id):
-            await turn.change_row(local["id"], input=[*local["input"], result])
         row = turn.calls.pop(call_id, None)
         if row is None:
             return
-        if turn.context.client_tool_call is not None:
-            asked, turn.context.client_tool_call = json_copy(turn.context.client_tool_call), None
-            output = ClientTool(asked["name"], asked.get("arguments") or {})
+        self.final_rows.clear()
         if isinstance(output, (ClientTool, Questions)):
-            item = pending_item(output, call_id)
+            turn.shown, item = True, pending_item(output, call_id)
             waiting: Row = {"role": "item", "status": "pending", "item": item, "input": row["input"]}
             return await turn.change_row(row["id"], **waiting)
-        text = storable(tool_text(output, result["output"]))
-        await self._end(row, text, input=[*(row["input"] or []), result])
-        for part in result["output"] if isinstance(result["output"], list) else []:
+        parts = result.get("output")
+        text = storable(tool_text(output, parts))
+        done = {"item": hosted_item({**row["input"][0], "output": text}, "complete")} if row["item"] else {}
+        await self._end(row, text, input=[*(row["input"] or []), result], **done)
+        for part in parts if isinstance(parts, list) else []:
             if part.get("type") == "input_image" and part.get("image_url"):
                 columns: Row = {"item": {"type": "generated_image"}, "input": [], "status": "streaming"}
                 await turn.show_picture(await turn.add_row("item", **columns), part["image_url"])
@@ -2463,13 +2531,15 @@ class Run(RunHooks[TurnContext]):
     async def _conclude(self, run: RunResultStreaming) -> None:
         """A run may end without a message: for approvals, on a tool's output, or silently."""
         if run.interruptions:
-            await self._ask_approval(run)
-        elif not self.final_rows and not self.turn.shown:
+            return await self._ask_approval(run)
+        for row in self.turn.calls.values():  # calls that nobody answers
+            await self.turn.change_row(row["id"], status="done")
+        if not self.final_rows and not self.turn.shown:
             if not any(item.type == "function_call" for item in run.raw_responses[-1].output):
                 raise Failure("empty")
             output = run.final_output or ""  # a tool's, which is the answer then
             text = output if isinstance(output, str) else code_block(tool_text(output, None), "json")
-            if text.strip() and getattr(run.new_items[-1], "output", None) is not None:  # or it says "None"
+            if text.strip() not in ("", "None"):  # which the SDK makes of None
                 await say(self.turn, text)
 
     async def _ask_approval(self, run: RunResultStreaming) -> None:
@@ -2477,7 +2547,10 @@ class Run(RunHooks[TurnContext]):
         turn, calls = self.turn, run.interruptions
         for row in turn.calls.values():
             await turn.change_row(row["id"], "thread.item.added", status="pending", input=row["input"])
-        asked = [approval_question(c.call_id, c.tool_name, json_object(c.arguments)) for c in calls]
+        args = [json_object(call.arguments) or hosted_args(input_of(call.raw_item)) for call in calls]
+        asked = [
+            approval_question(c.call_id, c.tool_name, given) for c, given in zip(calls, args, strict=True)
+        ]
         text, item = "\n".join(each["question"] for each in asked), pending_item(Questions(asked))
         state = {"run_state": run.to_state().to_json(context_serializer=lambda context: {})}
         await turn.add_row("item", "thread.item.done", content=text, item=item, input=state, status="pending")
@@ -2491,7 +2564,7 @@ class Run(RunHooks[TurnContext]):
 
     async def on_tool_end(self, context: Any, agent: Any, tool: Any, result: object) -> None:
         await self.turn.keep_thread()
-        if isinstance(result, (ClientTool, Questions)) or context.context.client_tool_call is not None:
+        if isinstance(result, (ClientTool, Questions)):
             self.result.cancel(mode="after_turn")
 
 
@@ -2503,12 +2576,13 @@ JSON_FENCE = "```json\n"
 
 async def say_more(turn: Turn, role: str, text: str) -> Draft:
     """More of the message or the thought that is open, or else a new one."""
-    if turn.draft is not None and turn.draft.role == role:
-        turn.draft.add(text)
-    else:
-        await close_draft(turn)
-        turn.draft = await Draft.open(turn, role, text)
-    return turn.draft
+    async with turn.opening:
+        if turn.draft is not None and turn.draft.role == role:
+            turn.draft.add(text)
+        else:
+            await close_draft(turn)
+            turn.draft = await Draft.open(turn, role, text)
+        return turn.draft
 
 
 async def close_draft(turn: Turn) -> None:
@@ -2622,8 +2696,11 @@ async def take(turn: Turn, event: Event) -> None:
     elif kind == "thread.item.removed":
         await turn.context.remove(event["item_id"])
     elif kind == "thread.item.updated":
-        item_id = str(event["item_id"])
-        turn.emit({**event, "item_id": str(turn.names.get(item_id, item_id))})
+        item_id, update = str(event.get("item_id")), event.get("update")
+        if not isinstance(update, dict) or not isinstance(update.get("delta", ""), str):
+            raise ValueError(f"this is no update: {to_json(event)[:200]}")
+        row_id = turn.names.get(item_id) or (await turn.find_row(item_id))["id"]
+        turn.emit({**event, "item_id": str(row_id)})
     elif kind == "thread.updated":
         thread, given = turn.context.thread, event["thread"]
         thread.title = given.get("title") or thread.title
@@ -2656,7 +2733,11 @@ async def _take_item(turn: Turn, change: str, given: Row) -> None:
         known = (await turn.find_row(made_up))["id"]
     turn.shown = True
     final = "pending" if item.get("status") == "pending" else "done"
-    columns = {"content": text, "item": item, "status": "streaming" if change == ITEM_EVENTS[0] else final}
+    columns: Row = {
+        "content": text,
+        "item": item,
+        "status": "streaming" if change == ITEM_EVENTS[0] else final,
+    }
     if known is None:
         turn.names[made_up] = (await turn.add_row(role, change, **columns))["id"]
     else:
@@ -2782,9 +2863,17 @@ def told_of_failure(args: ToolErrorFormatterArgs[TurnContext]) -> str | None:
 
 
 async def contained(name: str, invoke: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-    """A tool that exits must not take the server along: asyncio lets such exceptions through."""
+    """Call a tool, which may leave a client_tool_call behind.
+
+    One that exits must not take the server along: asyncio lets such exceptions through.
+    """
     try:
-        return await invoke(*args)
+        output, context = await invoke(*args), args[0].context  # perhaps that of a run of the tool's own
+        asked = json_copy(getattr(context, "client_tool_call", None))
+        if asked is None:
+            return output
+        context.client_tool_call = None
+        return ClientTool(asked["name"], asked.get("arguments") or {})
     except (SystemExit, KeyboardInterrupt) as error:
         log.error("the tool %s wanted to end the process: %r", name, error)
         return to_json({"error": f"The tool {name} failed."})
@@ -3237,7 +3326,9 @@ async def take_retry(turn: Turn, message_id: int | None = None, text: str | None
         files = [file["id"] for file in item.get("attachments") or []]
         check_message(turn.chat, UserMessage(content=[TextPart(text=text)], attachments=files))
         row |= {"content": text, "item": item or None}
-    turn.answer(found(await store.rewind(*place, row), "Message"))
+    row = found(await store.rewind(*place, row), "Message")
+    turn.conversation = await turn.chat.conversation(*place)
+    turn.answer(row)
 
 
 async def take_tool_output(turn: Turn, result: Any, call_id: str | None = None) -> None:
@@ -3278,6 +3369,7 @@ async def _go_on(turn: Turn, row: Row, item: Row, result: Any) -> None:
     if item["type"] == "structured_input":  # the component knows itself what it gave a client tool
         turn.show("thread.item.replaced", changed)
     turn.answer(message, resume=resume)
+    turn.row_ids.append(row["id"])
 
 
 async def take_action(turn: Turn, item_id: int | None, action: Action) -> None:
@@ -3320,9 +3412,13 @@ def plain_event(event: Event, base: str, show_tools: str) -> Event | None:
         hidden: Row = {"args": {}} if kind == "tool_call" else {"result": None}
         return None if show_tools == "none" else {**event, **hidden}
     if kind == "thread.item.updated":
-        if event["update"]["type"] != "assistant_message.content_part.text_delta":
+        if event["update"].get("type") != "assistant_message.content_part.text_delta":
             return None
-        return {"type": "text", "content": event["update"]["delta"], "message_id": int(event["item_id"])}
+        return {
+            "type": "text",
+            "content": event["update"].get("delta", ""),
+            "message_id": int(event["item_id"]),
+        }
     if kind == "thread.updated":
         thread = event["conversation"]
         return {"type": "thread_updated", **{name: thread[name] for name in ("title", "status", "metadata")}}
@@ -3583,7 +3679,7 @@ def chatkit_event(event: Event, base: str, show_tools: str) -> Event | None:
         row = as_shown(event["row"], show_tools)
         item = thread_item(row, base) if row else None
         if item and kind == "thread.item.updated":
-            update = {"type": "generated_image.updated", "image": item["image"]}
+            update = event.get("update") or {"type": "generated_image.updated", "image": item["image"]}
             return {"type": kind, "item_id": item["id"], "update": update}
         if item and kind == "thread.item.added" and item["type"] == "assistant_message":
             item["content"] = []

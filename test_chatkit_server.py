@@ -59,7 +59,7 @@ import uvicorn
 
 from agents import (  # isort: skip
     Agent, AgentOutputSchema, GuardrailFunctionOutput, Model, ModelResponse, RunContextWrapper, Runner,
-    ToolGuardrailFunctionOutput, ToolOutputImage, ToolOutputText, Usage, function_tool, handoff,
+    ShellTool, ToolGuardrailFunctionOutput, ToolOutputImage, ToolOutputText, Usage, function_tool, handoff,
     input_guardrail, output_guardrail, set_tracing_disabled, tool_input_guardrail,
 )  # fmt: skip
 from agents.extensions.handoff_filters import remove_all_tools
@@ -1363,7 +1363,7 @@ def provider_was_shown(request: Json) -> list[tuple[str, str]]:
 
 
 def test_the_provider_speaks_the_responses_api_as_its_types_say() -> None:
-    hosted = [SEARCHED, FILES, CODE, MCP_CALL, SHELL, {**DRAWN, "partial_image_b64": PIXEL}]
+    hosted = [SEARCHED, FILES, CODE, MCP_CALL, SHELL, LISTED, {**DRAWN, "partial_image_b64": PIXEL}]
     steps = [Think("Hm."), *hosted, "It rains.", CITED, Refuse("No."), Call("echo")]
     for event in responses_api(steps, {"model": "m"}):
         API_EVENTS[event["type"]].model_validate(event)
@@ -1678,8 +1678,6 @@ FILES = {"type": "file_search_call", "id": "fs_1", "queries": ["oats"], "results
 CODE: Json = {"type": "code_interpreter_call", "id": "ci_1", "code": "print(6 * 7)"}
 CODE |= {"container_id": "c1", "outputs": [{"type": "logs", "logs": "42"}]}
 MCP_CALL = {"type": "mcp_call", "id": "mcp_1", "name": "lookup", "server_label": "s", "arguments": "{}"}
-SHELL: Json = {"type": "local_shell_call", "id": "sh_1", "call_id": "c"}
-SHELL |= {"action": {"type": "exec", "command": ["ls"], "env": {}}}
 DRAWN = {"type": "image_generation_call", "id": "ig_1", "result": PIXEL}
 CITED = {"type": "url_citation", "url": "https://e.com", "title": "E", "start_index": 0, "end_index": 3}
 
@@ -1737,7 +1735,6 @@ def tell(tmp_path: Path, dialect: str) -> Callable[..., Told]:
         (FILES, "file", ["oats", "oats.pdf"]),
         (CODE, "custom", ["Code interpreter", "print(6 * 7)", "42"]),
         (MCP_CALL, "custom", ["lookup"]),
-        (SHELL, "custom", ["Local shell"]),
     ],
 )
 def test_a_hosted_tool_is_an_item_where_it_ran(call: Any, kind: str, shows: list[str], tell: Any) -> None:
@@ -1855,11 +1852,41 @@ def test_a_tool_that_needs_approval_asks_and_goes_on_after_a_restart(tmp_path: P
     answers = {"c1": {"values": [approve]}, "c2": {"values": [reject]}, "c3": {"values": [approve]}}
     decided = {"c1": "wiped 1", "c2": "The person rejected this call.", "c3": "wiped 3"}
     with serving(agent, database=file) as client:
-        assert "Done." in json.dumps(answer(client, answers, dialect))
-        assert outcomes(agent) == decided
+        events = answer(client, answers, dialect)
+        assert "Done." in json.dumps(events) and outcomes(agent) == decided
+        assert dialect == "chatkit" or events[-1]["usage"] == USAGE
         assert [row["status"] for row in client.messages(1)] == ["done"] * 6
         assert client.send_message("more", 1)[-1]["status"] == "completed"
     assert outcomes(agent) == decided
+
+
+SHELL: Json = {"type": "shell_call", "id": "sh_1", "call_id": "c1"}
+SHELL["action"] = {"commands": ["ls -l"], "timeout_ms": None, "max_output_length": None}
+LISTED: Json = {"type": "shell_call_output", "id": "so_1", "call_id": "c2", "max_output_length": None}
+LISTED["output"] = [{"stdout": "b.txt", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]
+
+
+def test_a_shell_here_asks_and_is_kept_with_its_output_and_one_of_the_providers_too() -> None:
+    here = ShellTool(executor=lambda request: "a.txt", needs_approval=True)
+    there = SHELL | {"id": "sh_2", "call_id": "c2"}
+    unanswered = SHELL | {"id": "sh_3", "call_id": "c3"}
+    steps: Any = [SHELL], ["One file."], [there, LISTED, "Another."], [unanswered], ["As you like."]
+    with talking_to("responses", *steps, agent=Agent(name="A", tools=[here])) as (client, provider):
+        client.send_message("go")
+        [asked] = items(client, "structured_input")[0]["inputs"]
+        assert "ls -l" in asked["question"]
+        approved = answer(client, {"c1": {"values": ["Approve"]}}, "plain")
+        assert said(approved) == "One file." and of_type(approved, "tool_result")[0]["result"] == "a.txt"
+        assert said(client.send_message("there", 1)) == "Another."
+        client.send_message("again", 1)
+        assert said(client.send_message("never mind", 1)) == "As you like."
+        shown = [
+            (task["task"]["status_indicator"], task["task"]["content"]) for task in items(client, "task")
+        ]
+    assert [indicator for indicator, _ in shown] == ["complete", "complete", "none"]
+    assert "a.txt" in shown[0][1] and "b.txt" in shown[1][1]
+    sent = [item.get("type") for item in provider.requests[-1]["body"]["input"]]
+    assert [kind for kind in sent if kind and "shell" in kind] == ["shell_call", "shell_call_output"] * 2
 
 
 def test_an_approval_may_be_in_words_and_its_agent_may_be_gone(tmp_path: Path) -> None:
@@ -1909,6 +1936,9 @@ def test_a_handoff_is_shown_and_lasts(kind: str, tmp_path: Path, tell: Any) -> N
     assert json.loads(told.rows[1]["content"]) == {"assistant": "Billing"}
     assert len(told.next_input) == len(cast(Script, root.model).seen) == 1
     assert shown_to(billing)[-1]["content"] == "and now?"
+    with serving(root, database=str(tmp_path / "told.db")) as client:  # which answers the first message again
+        client.post("/api/conversations/1/retry", json={"message_id": 1}).raise_for_status()
+        assert client.messages(1)[-1]["content"] == "The root."
     alone = scripted(["Who?"], name="Root")  # the agent that had the last word is no longer there
     with serving(alone, database=str(tmp_path / "told.db")) as client:
         assert said(client.send_message("hello", 1)) == "Who?"
@@ -1953,10 +1983,17 @@ def test_a_model_that_streams_only_its_end_says_it_all_once(tell: Any) -> None:
     assert [told.rows[1]["content"], told.rows[3]["content"]] == ["Let me see.", "Done."]
 
 
-def test_stopping_at_a_tool_that_returns_nothing_says_nothing(tell: Any) -> None:
-    nothing = function_tool(lambda: None, name_override="nothing")
-    told = tell(scripted([Call("nothing")], tools=[nothing], tool_use_behavior="stop_on_first_tool"))
-    assert told.roles == "user tool" and "None" not in json.dumps(told.events)
+@parametrize(("calls", "says"), [("nothing", []), ("all nothing", ["42"]), ("look", [])])
+def test_stopping_at_a_tool_says_what_it_returns_to_the_person(calls: str, says: Any, tell: Any) -> None:
+    def look(wrapper: RunContextWrapper[ck.TurnContext]) -> ck.ClientTool:
+        return wrapper.context.client_tool("look")
+
+    values = {"nothing": None, "all": "42"}.items()
+    tools = [function_tool(lambda value=value: value, name_override=name) for name, value in values]
+    steps = [Call(name) for name in calls.split()]
+    told = tell(scripted(steps, tools=[*tools, function_tool(look)], tool_use_behavior="stop_on_first_tool"))
+    assert [row["content"] for row in told.rows if row["role"] == "assistant"] == says
+    assert not re.search(r"None|ClientTool\(", json.dumps(told.events))
 
 
 def test_structured_output_is_a_code_block_and_the_model_sees_it_as_it_was(tell: Any) -> None:
@@ -1998,12 +2035,131 @@ def test_a_message_that_a_guardrail_blocks_is_left_out_of_what_follows(parallel:
     assert [item["content"] for item in shown_to(agent)] == ["something else"]
 
 
+def test_what_a_guardrail_blocks_of_a_client_tools_output_is_left_out_too() -> None:
+    agent = doing(lambda context: then(context.client_tool("look")), ["Fine."], answer=["Never said."])
+    agent.input_guardrails = [input_guardrail(run_in_parallel=False)(no_secrets)]
+    with serving(agent) as client:
+        client.send_message("go")
+        client.post("/api/conversations/1/tool_output", json={"result": "the secret"})
+        client.send_message("something else", 1)
+        assert [row["status"] for row in client.messages(1)] == ["blocked", "blocked", "done", "done"]
+    assert [item["content"] for item in shown_to(agent)] == ["something else"]
+
+
 def test_what_an_output_guardrail_blocks_is_removed(tell: Any) -> None:
     turns: list[Any] = [[Call("echo", {"text": "x"})], ["The secret."], ["Fine."]]
     told = tell(scripted(*turns, output_guardrails=[output_guardrail(no_secrets)]))
     assert told.roles == "user tool" and "item_removed" in told.order
     assert "secret" not in json.dumps([told.rows, told.next_input])
     assert told.rows[1]["error"]["code"] == "guardrail"
+
+
+# ---- tools side by side, and failures while they run
+
+
+async def then(value: Any) -> Any:
+    return value
+
+
+STEP = {"type": "custom", "title": "Looking", "status_indicator": "loading"}
+
+
+def test_tools_that_speak_side_by_side_leave_nothing_open() -> None:
+    async def talk(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        for word in ("one", "two", "three"):
+            await wrapper.context.stream({"type": "text", "content": word})
+            await wrapper.context.add_workflow_task(STEP)
+            await wrapper.context.say(word)
+            await wrapper.context.start_workflow({"type": "custom", "tasks": [STEP]})
+        return "ok"
+
+    with serving(scripted([Call("talk")] * 4, ["Done."], ["More."], tools=[function_tool(talk)])) as client:
+        events = create(client)
+        assert {row["status"] for row in client.messages(1)} == {"done"}
+        kept = {item["id"]: item for item in items(client)}
+    done = {
+        item["id"]: item for item in items_in([each for each in events if each["type"] == "thread.item.done"])
+    }
+    assert kept == done
+    last = [
+        next(i for i, event in reversed([*enumerate(events)]) if key in json.dumps(event)) for key in done
+    ]
+    assert all(events[i]["type"] == "thread.item.done" for i in last)
+
+
+def test_a_client_tool_call_beside_another_tool_is_that_of_the_tool_that_asked() -> None:
+    async def choose(wrapper: RunContextWrapper[ck.TurnContext]) -> str:
+        wrapper.context.client_tool_call = {"name": "look", "arguments": {}}
+        return "asked"
+
+    calls = [Call("echo", {"text": "x"}, "c1"), Call("choose", {}, "c2")]
+    agent = scripted(calls, ["Done."], tools=[function_tool(choose), echo])
+    with serving(agent) as client:
+        client.send_message("go")
+        client.post("/api/conversations/1/tool_output", json={"result": "seen"})
+    assert outcomes(agent) == {"c1": '{"echo": "x"}', "c2": "seen"}
+
+
+def test_calls_side_by_side_are_all_told_to_the_model_after_a_stop() -> None:
+    wait = Wait()
+
+    async def work(wrapper: RunContextWrapper[ck.TurnContext]) -> None:
+        await wait.pass_through()
+
+    agent = scripted([Call("work", {}, "c1"), Call("work", {}, "c2")], ["Yes."], tools=[function_tool(work)])
+    with answering(agent, wait) as (client, events):
+        client.post("/api/conversations/1/cancel")
+        assert events.result(DEADLINE)[-1]["status"] == "cancelled"
+        client.send_message("and now?", 1)
+    assert [*outcomes(agent)] == ["c1", "c2"]
+
+
+def test_half_a_calls_arguments_are_not_sent_again(tell: Any) -> None:
+    told = tell(scripted([Call("echo", '{"text": "so')], ["Well."], ["Again."]))
+    assert [item["arguments"] for item in told.next_input if "arguments" in item] == ["{}"]
+
+
+def test_an_event_that_cannot_be_kept_fails_the_turn_at_once() -> None:
+    picture = function_tool(
+        lambda: ToolOutputImage(image_url="data:image/png;base64,A"), name_override="draw"
+    )
+    steps: Any = [Call("draw")], [Call("echo", {"text": "x"})], ["Done."]
+    with serving(scripted(*steps, tools=[picture, echo]), turn_timeout=DEADLINE) as client:
+        assert of_type(client.send_message("go"), "error")[0]["code"] == "internal"
+        assert client.send_message("more", 1)[-1]["status"] == "completed"
+
+
+def test_an_action_may_speak_before_the_agent_does() -> None:
+    async def on_action(context: ck.TurnContext, action: Json, item: Any) -> AsyncIterator[str]:
+        yield "Let me ask. "
+        await context.answer()
+
+    with serving(scripted(["First."], ["The answer."]), on_action=on_action) as client:
+        client.send_message("go")
+        exchange(client, "threads.custom_action", action={"type": "ask"})
+        assert [row["content"] for row in client.messages(1)[1:]] == ["First.", "Let me ask. ", "The answer."]
+
+
+def test_what_grows_is_kept_and_shown_to_plain_readers_as_it_grows() -> None:
+    wait = Wait()
+
+    async def work(context: ck.TurnContext) -> None:
+        async def states() -> AsyncIterator[Json]:
+            for count in range(1, 3):
+                yield {"type": "Card", "children": [{"type": "Divider"}] * count}
+            await context.add_workflow_task(STEP)
+            await context.add_workflow_task(STEP)
+            await wait.pass_through()
+
+        await context.stream_widget(states())
+
+    with answering(doing(work), wait) as (client, events):
+        widget, workflow = (row["item"] for row in client.messages(1)[2:])
+        assert len(widget["widget"]["children"]) == len(workflow["workflow"]["tasks"]) == 2
+        wait.gate.set()
+        grown = items_in(events.result(DEADLINE))
+    assert [len(item["widget"]["children"]) for item in grown if item["type"] == "widget"] == [1, 2, 2]
+    assert [len(item["workflow"]["tasks"]) for item in grown if item["type"] == "workflow"] == [1, 2, 2]
 
 
 # ---- functions and generators
@@ -4181,6 +4337,8 @@ WRONG_CALLS = {
     "update_workflow_task({}, 0)": "task 0",
     "answer()": "action handlers",
     'stream({"type": "done"})': "'done'",
+    'stream({"type": "thread.item.updated", "item_id": "1", "update": "x"})': "no update",
+    'stream({"type": "thread.item.updated", "item_id": "x", "update": {}})': "no item x",
     'stream({"type": "notice", "level": "loud", "message": "!"})': "'notice'",
     "remove(999)": "999",
     'replace_widget(1, {"type": "Card"})': "no widget 1",
