@@ -2102,8 +2102,10 @@ class Turn:
 
     def thread_changed(self, conversation: Row) -> None:
         """Somebody renamed, locked or annotated the conversation, this turn or another reader."""
+        before, after = vars(thread_of(self.conversation)), vars(thread_of(conversation))
         self.conversation = conversation
-        vars(self.context.thread).update(vars(thread_of(conversation)))
+        # What a tool is changing meanwhile stays.
+        vars(self.context.thread).update({name: after[name] for name in after if after[name] != before[name]})
         self.emit({"type": "thread.updated", "conversation": conversation})
 
     # ---- rows

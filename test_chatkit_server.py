@@ -2114,6 +2114,21 @@ def test_calls_side_by_side_are_all_told_to_the_model_after_a_stop() -> None:
     assert [*outcomes(agent)] == ["c1", "c2"]
 
 
+def test_what_a_tool_changes_of_the_thread_stands_beside_what_the_person_changes() -> None:
+    wait = Wait()
+
+    async def work(context: ck.TurnContext) -> None:
+        context.thread.title = "Of the tool"
+        await wait.pass_through()
+
+    with answering(doing(work), wait) as (client, events):
+        client.patch("/api/conversations/1", json={"metadata": {"of": "the person"}})
+        wait.gate.set()
+        events.result(DEADLINE)
+        kept = client.get("/api/conversations/1").json()
+    assert (kept["title"], kept["metadata"]) == ("Of the tool", {"of": "the person"})
+
+
 def test_half_a_calls_arguments_are_not_sent_again(tell: Any) -> None:
     told = tell(scripted([Call("echo", '{"text": "so')], ["Well."], ["Again."]))
     assert [item["arguments"] for item in told.next_input if "arguments" in item] == ["{}"]
