@@ -1946,6 +1946,7 @@ class Turn:
         self.last_message_id: int | None = None
         self.draft: Draft | None = None  # what the model is saying
         self.opening = asyncio.Lock()  # it: tools speak side by side
+        self.drafts: dict[int, Draft] = {}  # messages that are streamed from outside, by their rows' ids
         self.calls: dict[str, Row] = {}  # rows of what the model began and did not end, by call or item id
         self.row_ids: list[int] = []  # of the message, and of all that this turn stored
         self.growing: set[int] = set()  # those that are still to be done
@@ -2054,8 +2055,8 @@ class Turn:
         if failure is not None and self.reason is None:
             status = "blocked" if isinstance(failure, InputGuardrailTripwireTriggered) else "failed"
             error = await self._explain(failure)
-        if self.draft is not None:
-            await self.draft.close(status)
+        for draft in filter(None, [self.draft, *self.drafts.values()]):
+            await draft.close(status)
         if status != "done":
             end = self.chat.store.end_messages
             for row in await patiently(end, self.user_id, self.row_ids, status, error):
@@ -2595,9 +2596,7 @@ async def close_draft(turn: Turn) -> None:
 async def say(turn: Turn, text: str, annotations: Sequence[Row] = ()) -> int:
     """A whole assistant message, beside whatever the model says; its item id comes back."""
     draft = await Draft.open(turn, "assistant", text)
-    for annotation in annotations:
-        draft.annotate(annotation)
-    await draft.close()
+    await draft.complete(text, annotations)
     turn.shown = True
     return draft.id
 
@@ -2641,6 +2640,8 @@ class Draft:
 
     def add(self, delta: str) -> None:
         """The hot path: once for each token."""
+        if not delta:
+            return
         turn, delta = self.turn, storable(delta)
         self.parts.append(delta)
         turn.chat.unsaved.add(self)
@@ -2648,6 +2649,24 @@ class Draft:
             turn.emit({"type": "text", "content": delta, "message_id": self.id})
         else:
             turn.emit({"type": "thinking", "content": delta, "draft": self})
+
+    def take(self, update: Row) -> None:
+        """What an update of the protocol adds; the rest of them tells what this tells itself."""
+        if update.get("type") == "assistant_message.content_part.text_delta":
+            self.add(update.get("delta", ""))
+        elif update.get("type") == "assistant_message.content_part.annotation_added":
+            self.annotate(update["annotation"])
+
+    async def complete(self, text: str, annotations: Sequence[Row]) -> None:
+        """The final row, of which some may have been told."""
+        told = self.text
+        if text.startswith(told):
+            self.add(text.removeprefix(told))
+        else:
+            self.parts = [text]
+        for annotation in annotations[len(self.annotations) :]:
+            self.annotate(annotation)
+        await self.close()
 
     def annotate(self, annotation: Row) -> None:
         self._tell("annotation_added", annotation_index=len(self.annotations), annotation=annotation)
@@ -2702,7 +2721,10 @@ async def take(turn: Turn, event: Event) -> None:
         if not isinstance(update, dict) or not isinstance(update.get("delta", ""), str):
             raise ValueError(f"this is no update: {to_json(event)[:200]}")
         row_id = turn.names.get(item_id) or (await turn.find_row(item_id))["id"]
-        turn.emit({**event, "item_id": str(row_id)})
+        if draft := turn.drafts.get(row_id):
+            draft.take(update)
+        else:
+            turn.emit({**event, "item_id": str(row_id)})
     elif kind == "thread.updated":
         thread, given = turn.context.thread, event["thread"]
         thread.title = given.get("title") or thread.title
@@ -2728,12 +2750,17 @@ async def _take_item(turn: Turn, change: str, given: Row) -> None:
     role, text, known = ITEM_ROLES.get(item["type"], "item"), item_text(item), turn.names.get(made_up)
     if role == "system":
         return await turn.context.hidden(str(item.get("content", "")))
-    if role == "assistant" and known is None and change == "thread.item.done":
-        turn.names[made_up] = await say(turn, text, annotations_of(item))
-        return
+    turn.shown = True
     if known is None and change == "thread.item.replaced":
         known = (await turn.find_row(made_up))["id"]
-    turn.shown = True
+    if role == "assistant" and known is None:
+        draft = await Draft.open(turn, role, text)
+        known = turn.names[made_up] = draft.id
+        turn.drafts[known] = draft
+    if known in turn.drafts:
+        if change != "thread.item.added":
+            await turn.drafts.pop(known).complete(text, annotations_of(item))
+        return
     final = "pending" if item.get("status") == "pending" else "done"
     columns: Row = {
         "content": text,

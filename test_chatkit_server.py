@@ -2179,7 +2179,9 @@ def test_what_grows_is_kept_and_shown_to_plain_readers_as_it_grows() -> None:
 
 # ---- functions and generators
 
-waiting = Wait()
+waiting = {"wait": Wait(), "stream": Wait()}
+BEGUN = {"type": "thread.item.added", "item": {"id": "m1", "type": "assistant_message", "content": []}}
+GROWS = {"type": "assistant_message.content_part.text_delta", "content_index": 0, "delta": "As the SDK does."}
 
 
 class Panic(BaseException):
@@ -2195,8 +2197,11 @@ async def chatty(context: ck.TurnContext, history: list[Any]) -> AsyncIterator[A
         raise ValueError("on purpose")
     if message == "panic":
         raise Panic
-    if message == "wait":
-        await waiting.pass_through()
+    if message == "stream":
+        yield BEGUN
+        yield {"type": "thread.item.updated", "item_id": "m1", "update": GROWS}
+    if message in waiting:
+        await waiting[message].pass_through()
     for _ in range(10_000 if message == "much" else message == "hello"):
         yield f"{message} "
     if message == "hello":
@@ -2224,6 +2229,7 @@ def test_what_a_tool_guardrail_rejects_is_told_to_the_model() -> None:
 
 
 TALK = {"raise": ("failed", ["You said: "]), "wait": ("cancelled", ["You said: "])}
+TALK["stream"] = ("cancelled", ["You said: ", "As the SDK does."])
 TALK |= {"much": ("completed", ["You said: " + "much " * 10_000]), "nothing": ("completed", [])}
 TALK["panic"] = TALK["raise"]  # by what is no Exception
 
@@ -2233,8 +2239,8 @@ def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(messag
     status, answers = TALK[message]
     with serving(chatty) as client, ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.send_message, message)
-        if message == "wait":
-            assert waiting.reached.wait(DEADLINE)
+        if message in waiting:
+            assert waiting[message].reached.wait(DEADLINE)
             assert client.post("/api/conversations/1/cancel").status_code == 200
         events = future.result(DEADLINE)
         assert status != "failed" or events[-2]["message"] == "Something went wrong while answering."
