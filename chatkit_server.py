@@ -2796,8 +2796,8 @@ class Agents:
         self.generator: AnswerGenerator | None = source if inspect.isasyncgenfunction(source) else None
         self._source: Any = todo_agent() if source is None else source
         self.graph = agents_within(self._source) if isinstance(self._source, Agent) else []
-        self._servers = contextlib.AsyncExitStack()
         self._connected: dict[MCPServer, MCPServerManager] = {}
+        self._used: dict[MCPServer, float] = {}  # when an answer that may use it last began
         self._connecting = asyncio.Lock()
         self.in_doubt = False  # a turn failed, perhaps for an MCP server that went away
         used = [] if self.generator else [agent.model for agent in self.graph] or [None]
@@ -2826,21 +2826,24 @@ class Agents:
         return {tool.name: getattr(tool, "description", "") for agent in self.graph for tool in agent.tools}
 
     async def close(self) -> None:
-        self._connected.clear()
-        await self._servers.aclose()
+        await self._disconnect([*self._connected])
 
     async def prepare(self, graph: list[Agent[Any]]) -> None:
         """Connect MCP servers that are not, and keep tools from ending the process."""
         async with self._connecting:
-            new = {server for agent in graph for server in agent.mcp_servers} - self._connected.keys()
-            managers = {server: MCPServerManager([server]) for server in new}
-            await asyncio.gather(*map(self._servers.enter_async_context, managers.values()))
+            servers, now = {server for agent in graph for server in agent.mcp_servers}, time.monotonic()
+            self._used |= dict.fromkeys(servers, now)
+            if not self.graph:  # a function may make some anew for each answer, and none lasts so long
+                longest = self.models.settings.turn_timeout
+                await self._disconnect([each for each in self._connected if now - self._used[each] > longest])
+            managers = {server: MCPServerManager([server]) for server in servers - self._connected.keys()}
+            await asyncio.gather(*(manager.connect_all() for manager in managers.values()))
+            self._connected |= managers
             for server, manager in managers.items():
                 if error := manager.errors.get(server):
+                    await self._disconnect([server])
                     text = "The agent goes without the MCP server %r: %s"
                     log.warning(text, server.name, str(error) or repr(error))
-                else:
-                    self._connected[server] = manager
         foreign = self.models.default != get_default_model()
         for agent in graph:
             included: Any = [INCLUDED[tool.name] for tool in agent.tools if tool.name in INCLUDED]
@@ -2853,6 +2856,11 @@ class Agents:
                 invoke = getattr(tool, "on_invoke_tool", None)
                 if isinstance(tool, FunctionTool) and getattr(invoke, "func", None) is not contained:
                     tool.on_invoke_tool = functools.partial(contained, tool.name, tool.on_invoke_tool)
+
+    async def _disconnect(self, servers: list[MCPServer]) -> None:
+        for server in servers:
+            del self._used[server]
+        await asyncio.gather(*(self._connected.pop(server).cleanup_all() for server in servers))
 
     async def _reconnect(self, servers: list[MCPServer]) -> None:
         """Those that do not answer any more: they were stopped, or the laptop slept."""

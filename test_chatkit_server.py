@@ -2312,6 +2312,27 @@ def test_mcp_servers_are_connected_also_anew_and_one_that_cannot_be_is_a_warning
     assert any("broken" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 
 
+def test_mcp_servers_that_a_function_makes_for_each_answer_do_not_pile_up(tmp_path: Path) -> None:
+    (tmp_path / "tiny.py").write_text(TINY_MCP)
+    made: list[MCPServerStdio] = []
+
+    def make(context: ck.TurnContext) -> Agent[Any]:
+        made.append(MCPServerStdio({"command": sys.executable, "args": [str(tmp_path / "tiny.py")]}))
+        return scripted(["Hi."], mcp_servers=made[-1:])
+
+    with serving(make, turn_timeout=DEADLINE) as client:
+        first, second = client.send_message("go"), client.send_message("go")
+        assert [said(first), said(second)] == ["Hi.", "Hi."] and all(server.session for server in made)
+        with pytest.MonkeyPatch.context() as patch:
+            later = time.monotonic() + DEADLINE + 1
+            patch.setattr(
+                "chatkit_server.time", SimpleNamespace(**{**vars(time), "monotonic": lambda: later})
+            )
+            client.send_message("go")
+        assert [bool(server.session) for server in made] == [False, False, True]
+    assert made[-1].session is None
+
+
 # ======================================================================================= the ChatKit protocol
 # The types of the official SDK judge what `exchange()` sends and gets, where it is installed.
 
