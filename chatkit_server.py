@@ -481,10 +481,16 @@ class Store(Database):
         return await self._read(sql, user_id, limit, offset)
 
     async def search_conversations(self, user_id: str, words: str, limit: int, offset: int = 0) -> list[Row]:
-        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
-        terms = ['"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split()]
-        if not terms:
+        """Those whose title, or one of whose messages, has all these words, or words that begin so.
+
+        A sign that stands alone is in no index, and does not count.
+        """
+        given = words.replace("\0", " ").split()
+        if not given:
             return await self.conversations(user_id, limit, offset)
+        terms = ['"' + word.replace('"', '""') + '"*' for word in given if any(map(str.isalnum, word))]
+        if not terms:
+            return []
         match = f'owner : "{user_id.encode().hex().upper()}" AND body : ({" AND ".join(terms)})'
         sql = """WITH hits (id) AS (
                 SELECT m.conversation_id FROM (

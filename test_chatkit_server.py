@@ -683,9 +683,10 @@ def test_search_finds_titles_and_messages_by_the_beginnings_of_words() -> None:
         def found(q: str) -> list[int]:
             return [row["id"] for row in client.get("/api/conversations", params={"q": q}).json()]
 
-        assert found("alp") == found("beta ALPHA") == found("zurich") == [1]
+        assert found("alp") == found("beta ALPHA") == found("zurich") == found("alpha & beta \u2013") == [1]
         assert found("delt") == found("gamma") == [2]
-        assert found("lpha") == found("nope") == found('"*()') == []
+        assert found("lpha") == found("nope") == found('"*()') == found("- &") == []
+        assert found(" ") == [2, 1]
         client.delete("/api/conversations/1")
         assert found("alpha") == []
 
