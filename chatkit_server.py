@@ -1437,6 +1437,8 @@ class Models(ModelProvider):
         if provider not in known:
             near = difflib.get_close_matches(provider.lower(), known, 1)
             meant = f"{near[0]}/{rest}" if near else "gemini/gemini-2.5-flash, say"
+            if self.settings.openai_base_url:
+                meant = f"openai/{name} for one at OPENAI_BASE_URL"
             raise SettingsError(f"LiteLLM knows no provider {provider!r}, for {name!r}: write {meant}.")
         for variable, value in list(os.environ.items()):
             if variable.endswith("_API_KEY") and not value:
@@ -1444,9 +1446,10 @@ class Models(ModelProvider):
         key = getattr(self.settings, f"{provider}_api_key", None)  # OpenAI's and Gemini's are settings
         url = getattr(self.settings, f"{provider}_base_url", None)
         missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
-        if needed := [variable for variable in missing if variable.endswith("_API_KEY")]:
+        # Azure's are all called missing where one of them is.
+        if needed := [each for each in missing if each.endswith("_API_KEY") and not os.environ.get(each)]:
             raise SettingsError(f"The model {name!r} needs {' or '.join(needed)}.")
-        return LitellmModel(model=name, api_key=key, base_url=url)
+        return LitellmModel(model=name, api_key=key or (url and "none"), base_url=url)
 
     async def close(self) -> None:
         self._models.clear()

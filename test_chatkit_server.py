@@ -1605,6 +1605,7 @@ anthropic/c LitellmModel: CHATKIT_MODEL=anthropic/c ANTHROPIC_API_KEY=k
 gpt-x OpenAIResponsesModel: CHATKIT_MODEL=gpt-x OPENAI_API_KEY=k
 m OpenAIChatCompletionsModel: CHATKIT_MODEL=m OPENAI_BASE_URL=http://localhost:1234/v1
 m OpenAIResponsesModel: CHATKIT_MODEL=m OPENAI_BASE_URL=https://api.openai.com/v1/ OPENAI_API_KEY=k
+azure/gpt-x LitellmModel: CHATKIT_MODEL=azure/gpt-x AZURE_API_KEY=k AZURE_API_BASE=https://a.example
 {get_default_model()} OpenAIResponsesModel: OPENAI_API_KEY=k GEMINI_API_KEY=k
 gemini/gemini-2.5-flash LitellmModel: GEMINI_API_KEY=k
 gemini/gemini-9 LitellmModel: GEMINI_API_KEY=k GEMINI_MODEL=gemini-9
@@ -1666,6 +1667,13 @@ def test_a_name_in_an_agent_means_what_it_means_in_the_settings(name: str) -> No
         assert said(client.send_message("hi")) == "Hello."
         assert client.get("/api/config").json()["model"] == "gemini/gemini-2.5-flash"
     assert provider.requests[0]["path"].startswith("/v1beta/models/gemini-2.5-flash:")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LiteLLM's
+def test_a_name_with_a_slash_may_be_that_of_a_local_server_which_asks_for_no_key() -> None:
+    with talking_to("chat", ["Hello."], model="openai/google/x", openai_api_key=None) as (client, provider):
+        assert said(client.send_message("hi")) == "Hello."
+    assert provider.requests[0]["body"]["model"] == "google/x"
 
 
 # ================================================================================= Whatever an agent does
