@@ -3059,6 +3059,8 @@ class Chat:
         """Open all, unless it is open; `ending` is how turns end that run at its close. Raises StoreError."""
         async with self._opening, contextlib.AsyncExitStack() as stack:
             if self._keeper is not None and not self._keeper.done():
+                if self._keeper.get_loop() is not asyncio.get_running_loop():
+                    raise StoreError("This app is served already: stop that server, or create another app.")
                 return
             if self.store.is_open:
                 self.store.before_close.add(self.close)
@@ -4920,7 +4922,15 @@ class Server(uvicorn.Server):
         self.url = url_of(host, self._listener.getsockname()[1])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.chat.open()  # not in the lifespan, which would report a failure with a traceback
+        # Not in the lifespan, which would report a failure with a traceback.
+        opening = asyncio.create_task(self.chat.open())
+        while not (opening.done() or self.should_exit):  # Ctrl-C waits for no lock, and no MCP server
+            await asyncio.wait([opening], timeout=0.1)
+        if not opening.done():
+            opening.cancel()  # which closes what is open
+            await asyncio.wait([opening])
+            return
+        await opening
         await super().startup(sockets)
         if not self._thread.is_alive():
             model, data = self.chat.agents.model_name, self.chat.store.path

@@ -737,6 +737,8 @@ def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
     threads = our_threads()
     apps = [make_app(scripted([answer])) for answer in ("one", "two", "three")]
     first, second = map(ck.serve_in_background, apps[:2])
+    with pytest.raises(ck.StoreError, match="served already"):
+        ck.serve_in_background(apps[0])
     assert (said_by(first), said_by(second)) == ("one", "two")
     first.stop()
     again = ck.serve_in_background(apps[2], port=int(first.url.rpartition(":")[2]))
@@ -3300,6 +3302,16 @@ def test_what_is_said_during_a_lock_is_saved_soon_after_it(tmp_path: Path, words
             assert not answer.done()
         assert answer.result(DEADLINE) and len(client.messages(2)) == 4
     assert_sound(path)
+
+
+def test_a_start_that_waits_for_a_lock_can_be_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "chat.db"
+    with locked(path), ThreadPoolExecutor(1) as pool:
+        server = ck.Server(make_app(database=str(path)), "127.0.0.1", 0)
+        running = pool.submit(server.run)
+        until((tmp_path / "chat.db-server").exists)
+        server.should_exit = True  # as a signal sets it
+        running.result(2)
 
 
 def takes_nothing(client: Client, told: str, text: str = "new") -> None:
