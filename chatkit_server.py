@@ -142,7 +142,13 @@ log = logging.getLogger("chatkit")
 Row = dict[str, Any]  # of the database, or any other JSON object
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
-Origin = Annotated[str, Field(pattern="^https?://[^/]+/?$"), AfterValidator(lambda text: text.rstrip("/"))]
+
+def _as_browsers_say(origin: str) -> str:
+    return re.sub("^(http://.*):80$|^(https://.*):443$", r"\1\2", origin.rstrip("/").lower())
+
+
+Url = Annotated[str | None, Field(pattern="^https?://[^/]", description="http:// or https:// and a host")]
+Origin = Annotated[str, Field(pattern="^https?://[^/]+/?$"), AfterValidator(_as_browsers_say)]
 DEV_ORIGINS = tuple(f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173))
 
 
@@ -172,7 +178,7 @@ class Settings(BaseModel):
     )
     jwt_audience: str | None = None
     jwt_issuer: str | None = None
-    jwks_url: str | None = Field(None, pattern="^https?://")  # public keys, for EdDSA, ES256 and RS256 tokens
+    jwks_url: Url = None  # public keys, for EdDSA, ES256 and RS256 tokens
     cors_origins: tuple[Origin, ...] = Field(DEV_ORIGINS, description="origins such as http://localhost:3000")
     history_limit: int = Field(40, ge=1)  # items that the model is shown
     on_disconnect: Literal["cancel", "continue"] = "cancel"  # what a ChatKit reader does who leaves
@@ -185,7 +191,7 @@ class Settings(BaseModel):
     tracing: bool = False  # send the Agents SDK's traces to OpenAI
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     openai_api_key: str | None = Field(None, repr=False)  # these four without CHATKIT_
-    openai_base_url: str | None = None
+    openai_base_url: Url = None
     gemini_api_key: str | None = Field(None, repr=False)
     gemini_model: str = "gemini-2.5-flash"
 
@@ -199,18 +205,21 @@ class Settings(BaseModel):
                 raise SettingsError(f"There is no setting {name!r}{_nearest(name, fields) or '.'}") from None
             wanted = fields[name].description
             told = f"it must be {wanted}" if wanted else error["msg"]
-            shown = "" if name.endswith(("_secret", "_key")) else f", not {error['input']!r}"
+            shown = "" if name.endswith(("_secret", "_key")) else f", not {error['input']!r:.99}"
             raise SettingsError(f"{name} ({self.env_name(name)}): {told}{shown}.") from None
 
-    @field_validator("starters", "models", "cors_origins", mode="before")
+    @field_validator("database", "starters", "models", "cors_origins", mode="before")
     @classmethod
     def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "database":
+            return str(value) if isinstance(value, Path) else value
         if isinstance(value, str):
             parts = value.split("|" if info.field_name == "starters" else ",")
             value = [part.strip() for part in parts if part.strip()]
         if info.field_name == "models" and not isinstance(value, dict):
-            pairs = [text.partition("=") for text in value]
-            return {choice.strip(): model.strip() or choice.strip() for choice, _, model in pairs}
+            with contextlib.suppress(AttributeError, TypeError):  # no texts: refused as it is
+                pairs = [text.partition("=") for text in value]
+                return {choice.strip(): model.strip() or choice.strip() for choice, _, model in pairs}
         return value
 
     @property
@@ -233,9 +242,15 @@ class Settings(BaseModel):
 
         An empty value counts as not set; an unknown CHATKIT_ variable gets a warning. Raises SettingsError.
         """
-        load_dotenv(HERE / ".env")  # into os.environ, where LiteLLM looks for keys; what is there wins
         names = {"BETTER_AUTH_SECRET": "jwt_secret"}  # CHATKIT_JWT_SECRET, which comes after it, wins
         names |= {cls.env_name(name): name for name in cls.model_fields}
+        for variable, text in list(os.environ.items()):
+            if not text.strip() and (variable in names or variable.endswith("_API_KEY")):
+                del os.environ[variable]  # it counts as not set, but not for .env and LiteLLM
+        try:  # into os.environ, where LiteLLM looks for keys; what is there wins
+            load_dotenv(HERE / ".env", encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"Cannot read {HERE / '.env'}, which must be UTF-8: {error}.") from None
         given = {variable: text.strip() for variable, text in os.environ.items() if text.strip()}
         for variable in given:
             if variable.startswith("CHATKIT_") and variable not in names:
@@ -1440,9 +1455,6 @@ class Models(ModelProvider):
             if self.settings.openai_base_url:
                 meant = f"openai/{name} for one at OPENAI_BASE_URL"
             raise SettingsError(f"LiteLLM knows no provider {provider!r}, for {name!r}: write {meant}.")
-        for variable, value in list(os.environ.items()):
-            if variable.endswith("_API_KEY") and not value:
-                del os.environ[variable]  # what is empty counts as not set, but not for LiteLLM
         key = getattr(self.settings, f"{provider}_api_key", None)  # OpenAI's and Gemini's are settings
         url = getattr(self.settings, f"{provider}_base_url", None)
         missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
@@ -4987,7 +4999,7 @@ class Server(uvicorn.Server):
 
 def url_of(host: str, port: int) -> str:
     """Where a browser on this machine finds what listens there."""
-    here = LOOPBACK.fullmatch(host) or not host.strip("0.:")  # every address is one of this machine, too
+    here = host == "127.0.0.1" or not host.strip("0.:")  # every address is one of this machine, too
     return f"http://{'localhost' if here else f'[{host}]' if ':' in host else host}:{port}"
 
 

@@ -84,11 +84,11 @@ Json = dict[str, Any]  # an object
 Wrapper = RunContextWrapper[ck.TurnContext]
 parametrize = pytest.mark.parametrize
 
-# What the environment of whoever runs the tests says must not count: a value is empty, so .env cannot set it.
-for name in [name for name in os.environ if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_"))]:
-    del os.environ[name]
-UNSET = "OPENAI_API_KEY GEMINI_API_KEY ANTHROPIC_API_KEY OPENAI_BASE_URL CHATKIT_MODEL CHATKIT_JWT_SECRET"
-os.environ |= dict.fromkeys([*UNSET.split(), "BETTER_AUTH_SECRET"], "")
+# What the environment of whoever runs the tests says must not count, and no .env file.
+for name in [*os.environ]:
+    if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_")) or name.endswith(("_API_KEY", "_AUTH_SECRET")):
+        del os.environ[name]
+os.environ["PYTHON_DOTENV_DISABLED"] = "1"
 CLEAN_ENV = {**os.environ, "PYTHONPATH": str(HERE)}
 ck.DemoModel.__init__.__defaults__ = (0.0,)  # nobody watches its words come one by one
 
@@ -535,15 +535,37 @@ def test_an_older_python_is_told_which_one_it_needs() -> None:
 
 
 def test_settings_come_from_the_environment_and_flags_win(monkeypatch: Any) -> None:
-    given = {"PORT": "1234", "CORS_ORIGINS": "https://a.example/, https://b.example", "TRACING": "yes"}
+    given = {"PORT": "1234", "CORS_ORIGINS": "https://A.example:443/, http://b.example:80", "TRACING": "yes"}
     for name, value in {**given, "STARTERS": "Soup | Something quick|"}.items():
         monkeypatch.setenv(f"CHATKIT_{name}", value)
     monkeypatch.setenv("BETTER_AUTH_SECRET", SECRET)
     settings = ck.Settings.from_env(host="::1")
     assert (settings.port, settings.host, settings.tracing) == (1234, "::1", True)
     assert (settings.jwt_secret, settings.starters) == (SECRET, ("Soup", "Something quick"))
-    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert settings.cors_origins == ("https://a.example", "http://b.example")
     assert ck.Settings.from_env(port=4321).port == 4321 and SECRET not in repr(settings)
+    assert ck.Settings(database=Path("x.db")).database == "x.db"
+
+
+def test_settings_may_stand_in_a_file_and_an_empty_variable_is_not_set(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ck, "HERE", tmp_path)
+    monkeypatch.delenv("PYTHON_DOTENV_DISABLED")
+    for name, value in {"TITLE": " ", "PORT": "1"}.items():
+        monkeypatch.setenv(f"CHATKIT_{name}", value)
+    (tmp_path / ".env").write_text("CHATKIT_TITLE=K\u00fcche\nCHATKIT_PORT=2", encoding="utf-8-sig")
+    settings = ck.Settings.from_env()
+    assert (settings.title, settings.port) == ("K\u00fcche", 1)
+    (tmp_path / ".env").write_text("CHATKIT_TITLE=K\u00fcche", encoding="utf-16")
+    with pytest.raises(ck.SettingsError, match=r"\.env.*UTF-8"):
+        ck.Settings.from_env()
+
+
+def test_the_address_is_one_where_it_listens() -> None:
+    urls = {ck.url_of(host, 80) for host in ("127.0.0.1", "0.0.0.0", "::")}
+    assert urls == {"http://localhost:80"} and ck.url_of("::1", 80) == "http://[::1]:80"
+    assert ck.url_of("127.0.0.2", 80) == "http://127.0.0.2:80"
 
 
 # ============================================================================================= Plain dialect
@@ -4173,6 +4195,9 @@ WRONG = {
     'create_app(settings={"port": 1})': "Settings",
     'create_app(store="x.db")': "Store(",
     "create_app(lifespan=7)": "lifespan",
+    "create_app(models=None)": "models",
+    "create_app(models=[agent])": "models",
+    'create_app(model="a/b", openai_base_url="http://localhost:1/v1")': "openai/a/b",
     "create_app(on_action=print)": "async def",
     "create_app(on_feedback=print)": "async def",
     "create_app(transcribe=print)": "async def",
@@ -4239,7 +4264,8 @@ CHATKIT_LOG_LEVEL loud
 CHATKIT_TRACING perhaps
 CHATKIT_SHOW_TOOLS some
 CHATKIT_CORS_ORIGINS localhost:3000 ftp://x
-CHATKIT_JWKS_URL ftp://x keys.json
+CHATKIT_JWKS_URL ftp://x keys.json http://
+OPENAI_BASE_URL localhost:1234 http//localhost:1234/v1
 CHATKIT_JWT_SECRET only-a-short-secret
 """
 
