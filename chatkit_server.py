@@ -340,19 +340,26 @@ class Database:
 
     @contextlib.contextmanager
     def _claim(self) -> Generator[None]:
-        """Whoever locks an empty file beside the database is first; the lock ends with the process."""
+        """Everybody shares a lock on an empty file beside the database; it ends with the process."""
         path = f"{self._file}-server"
-        with contextlib.closing(sqlite3.connect(path, timeout=0, check_same_thread=False)) as claim:
+
+        def is_alone() -> bool:
             try:
-                claim.execute("BEGIN EXCLUSIVE")
-                self.shared = False
+                claim.executescript("PRAGMA busy_timeout = 0; BEGIN EXCLUSIVE; COMMIT")
+                return True
             except sqlite3.OperationalError as error:
-                self.shared = "locked" in str(error)
+                return "locked" not in str(error)
+
+        with contextlib.closing(sqlite3.connect(path, check_same_thread=False)) as claim:
+            self.shared = not is_alone()
+            with contextlib.suppress(sqlite3.OperationalError):  # the claim is made as far as can be
+                claim.executescript("PRAGMA busy_timeout = 1000; BEGIN; SELECT 1 FROM sqlite_schema")
             try:
                 yield
             finally:
-                if not self.shared:
-                    with contextlib.suppress(OSError):
+                claim.rollback()
+                with contextlib.suppress(OSError):
+                    if is_alone():
                         os.unlink(path)
 
     def _identity(self) -> tuple[int, int] | None:

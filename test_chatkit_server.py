@@ -4338,16 +4338,21 @@ async def test_a_store_and_its_file_may_be_shared_and_have_tables_of_ones_own(tm
         assert of_type(visitor.send_message("hi"), "tool_result")[0]["result"] == [own, own]
 
 
-def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, caplog: Any) -> None:
-    file, wait = tmp_path / "shared.db", Wait()
+def test_a_later_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, caplog: Any) -> None:
+    """Also where the first one has gone meanwhile."""
+    file, wait, first = tmp_path / "shared.db", Wait(), contextlib.ExitStack()
+    first.enter_context(serving(scripted(["x"]), database=str(file)))
     with answering(scripted(["Half ", wait, "whole."]), wait, database=str(file)) as (_, events):
+        first.close()
         until(lambda: rows_of(file, "SELECT id FROM messages WHERE status = 'streaming'"))
-        with serving(scripted(["x"]), database=str(file)) as second:
-            assert [row["status"] for row in second.messages(1)] == ["done", "streaming"]
+        caplog.clear()
+        with serving(scripted(["x"]), database=str(file)) as third:
+            assert [row["status"] for row in third.messages(1)] == ["done", "streaming"]
         assert re.search("WARNING.*shared.db", caplog.text)
         wait.gate.set()
         assert said(events.result(DEADLINE)) == "Half whole."
     assert rows_of(file, "SELECT status FROM messages") == [("done",), ("done",)]
+    assert [*tmp_path.iterdir()] == [file]
 
 
 # ---- one's own page, what is shown, and retry
