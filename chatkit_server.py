@@ -1270,10 +1270,10 @@ class DemoModel(Model):
 ToolCall = tuple[str, Row]  # a tool's name, and its arguments
 TODO_STARTERS = ("add buy milk to my list", "show my tasks", "complete buy milk")
 _COMMANDS = (  # verbs, what follows them, and the tool whose arguments its groups are
-    ("show|list|what|what's", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
+    ("show|list|what|what['’]s", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
     ("add|remind me to", "(?P<title>.+?)", "add_task"),
     ("rename|change", "(?P<task>.+?) to (?P<title>.+?)", "update_task"),
-    ("complete|finish|mark", "(?P<task>.+?)(?: as done)?", "complete_task"),
+    ("complete|finish|mark", "(?P<task>.+?)(?: (?:as )?(?:done|finished|completed?))?", "complete_task"),
     ("delete|remove", "(?P<task>.+?)", "delete_task"),
 )
 _SAID = {
@@ -1343,15 +1343,17 @@ def _named_calls(words: str, tools: Iterable[str]) -> list[ToolCall]:
 def understand(text: str) -> list[ToolCall]:
     """What the to-do commands in a message ask for."""
     calls: list[ToolCall] = []
-    text = " ".join(re.sub('["“”]', "", text[:1000]).split())  # a pattern may look at all of it often
+    text = re.sub('["“”]', "", text[:1000]).replace("\n", "; ")  # a pattern may look at all of it often
+    text = " ".join(text.split())
     any_verb = "|".join(verbs for verbs, _, _ in _COMMANDS)
-    on_my_list = "(?: (?:to|on|from) (?:my|the) (?:to-?do )?list)?(?:,? please)?"
+    on_my_list = "(?: (?:to|on|from) (?:my |the )?(?:to-?do )?list)?(?:,? please)?"
     for clause in re.split(f"(?:[.;!?,]| and| then)+ (?=(?:please )?(?:{any_verb}) )", text, flags=re.I):
         for verbs, rest, tool in _COMMANDS:
             command = re.compile(f"(?:please )?(?:{verbs}) {rest}{on_my_list}", re.I)
             if found := command.fullmatch(clause.strip(" .!?,;")):
-                titles = re.split(", and |, | and ", found["title"]) if tool == "add_task" else []
-                calls += [(tool, {"title": title}) for title in titles] or [(tool, found.groupdict())]
+                given = found.groupdict()
+                several = re.split("[,;]+ (?:and )?| and ", found[1]) if len(given) == 1 else []
+                calls += [(tool, dict.fromkeys(given, each)) for each in several] or [(tool, given)]
     return calls
 
 

@@ -1064,6 +1064,10 @@ remind me to call Dr. Smith | THREE, call Dr. Smith | Added
 add tea, eggs and bread | THREE, tea, eggs, bread | It is task 6
 show my tasks | THREE | - **2** call mom
 What's on my list? | THREE | - **3** water plants
+What’s on the list? | THREE | - **3** water plants
+add tea to list / add eggs /please show my tasks. | THREE, tea, eggs | - **5** eggs
+mark call mom done / mark 3 as finished | buy milk, call mom!, water plants! | as done
+complete 1 and 2; delete water plants, 1 | call mom! | Removed “water plants”
 complete buy milk | buy milk!, call mom, water plants | Marked “buy milk” as done
 mark task 3 as done | buy milk, call mom, water plants! | Marked “water plants” as done
 finish the water | buy milk, call mom, water plants! | Marked
@@ -1083,6 +1087,7 @@ what is the meaning of life? | THREE | demo model
 @parametrize("sentence", SENTENCES.split("\n")[1:-1])
 def test_the_demo_model_keeps_a_list_in_ordinary_sentences(sentence: str) -> None:
     message, tasks, answer = (part.strip() for part in sentence.replace("THREE", THREE).split("|"))
+    message = message.replace("/", "\n")
     with serving() as client:
         client.send_message(f"add {THREE}")
         events = client.send_message(message, thread_id=1)
