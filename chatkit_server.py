@@ -2896,7 +2896,7 @@ class Caller:
     request_context: Row = field(default_factory=dict)  # {"headers", "metadata"}
 
 
-MAX_BODY = 1024 * 1024  # bytes of JSON, but for recordings
+MAX_BODY = 1024 * 1024  # bytes of JSON beside a message and a recording
 
 
 class Call(Request):
@@ -2906,12 +2906,13 @@ class Call(Request):
         super().__init__(request.scope, request.receive)
         self.chat, self.caller = cast(Chat, self.app.state.chat), cast(Caller, self.state.caller)
         self.store, self.user_id = self.chat.store, self.caller.user_id
+        self.max_json = MAX_BODY + 6 * self.chat.settings.max_message_chars  # which may come as \u1234
         host, root = self.headers.get("host", ""), self.scope.get("root_path", "")
         self.base = f"{self.scope['scheme']}://{host}{root}"  # the app's own URL
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Raises Refused for what is longer than any file or recording may be."""
-        total, limit = 0, self.chat.settings.max_attachment_bytes * 4 // 3 + MAX_BODY  # in base64
+        total, limit = 0, self.chat.settings.max_attachment_bytes * 4 // 3 + self.max_json  # base64
         async for chunk in super().stream():
             total += len(chunk)
             if total > limit:
@@ -2928,8 +2929,8 @@ class Call(Request):
         except ValueError as error:
             raise Refused(400, f"Invalid JSON: {error}") from None
         self.state.operation = value.get("type")
-        if len(body) > MAX_BODY and self.state.operation != "input.transcribe":
-            raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
+        if len(body) > self.max_json and self.state.operation != "input.transcribe":
+            raise Refused(413, f"The request is larger than {self.max_json:,} bytes")
         return value
 
     async def shown(self, rows: list[Row]) -> list[Row]:
@@ -3804,7 +3805,6 @@ def make_token(settings: Settings, user_id: str) -> str:
 # ===================================================================================================== Bodies
 # What goes in and out, as /docs shows it.
 
-InBody = Annotated[T, Body(embed=True)]
 Status = Literal["active", "locked", "closed"]
 
 
@@ -3827,7 +3827,10 @@ class PlainMessage(BaseModel):
         return given
 
 
-class ConversationChange(BaseModel):
+# What these bodies do not know is refused: a retry that missed its message_id would remove the wrong things.
+
+
+class ConversationChange(BaseModel, extra="forbid"):
     """What is given changes."""
 
     title: Title | None = None
@@ -3838,8 +3841,18 @@ class ConversationChange(BaseModel):
     metadata: Row | None = None
 
 
-class AnswersTo(Answers):
+class AnswersTo(Answers, extra="forbid"):
     item_id: ItemId
+
+
+class Retry(BaseModel, extra="forbid"):
+    message_id: ItemId | None = None
+    message: str | None = None
+
+
+class ToolOutput(BaseModel, extra="forbid"):
+    result: Any
+    id: str | None = None
 
 
 class ConversationOut(BaseModel):
@@ -4002,23 +4015,17 @@ async def post_cancel(conversation_id: ThreadId, call: Call) -> dict[str, str]:
 
 
 @router.post(CONVERSATION + "/retry", **STREAM)
-async def post_retry(
-    conversation_id: ThreadId,
-    call: Call,
-    message_id: InBody[ItemId | None] = None,
-    message: InBody[str | None] = None,
-) -> Response:
+async def post_retry(conversation_id: ThreadId, call: Call, body: Retry | None = None) -> Response:
     """Answer a user's message anew, the last one if none is named, with other words if given. All that came
     after it goes."""
-    return await plain_stream(call, conversation_id, take_retry, message_id, message)
+    given = body or Retry()
+    return await plain_stream(call, conversation_id, take_retry, given.message_id, given.message)
 
 
 @router.post(CONVERSATION + "/tool_output", **STREAM)
-async def post_tool_output(
-    conversation_id: ThreadId, call: Call, result: InBody[Any], id: InBody[str | None] = None
-) -> Response:
+async def post_tool_output(conversation_id: ThreadId, call: Call, body: ToolOutput) -> Response:
     """Give the pending client tool call its result; the agent goes on."""
-    return await plain_stream(call, conversation_id, take_tool_output, result, id)
+    return await plain_stream(call, conversation_id, take_tool_output, body.result, body.id)
 
 
 @router.post(CONVERSATION + "/answers", **STREAM)

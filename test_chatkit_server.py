@@ -3865,8 +3865,11 @@ REFUSALS = r"""
 404 GET /api/conversations/(x | 0 | 1.0 | 18446744073709551616)
 400 GET /api/conversations/1?format=pdf
 400 PATCH /api/conversations/1 ({} | {"title": ""} | {"title": 7} | {"status": "open"} | {"metadata": 5})
-400 PATCH /api/conversations/1 {"status": "locked", "reason": 7}
+400 PATCH /api/conversations/1 {"status": "locked", ("reason": 7 | "status_reason": "why")}
 400 POST /api/conversations/1/tool_output ([] | {"id": "x"} | {"result": 1, "id": 5} | {"result": 1e999})
+400 POST /api/conversations/1/tool_output {"result": 1, "call_id": "x"} # call_id
+400 POST /api/conversations/1/answers {"item_id": 1, "ansers": {}} # ansers
+400 POST /api/conversations/1/retry ({"id": 1} | {"mesage": "x", "message_id": 1})
 409 POST /api/conversations/1/tool_output {"result": 1}
 40* POST /api/conversations/1/answers ({"answers": {}} | {"item_id": 1, "status": "maybe"})
 40* POST /api/conversations/1/answers {"item_id": 1, "answers": ([] | {"q": 5} | {"q": {"values": "x"}})}
@@ -4176,6 +4179,11 @@ def test_beyond_the_limits_the_answer_is_no_at_once(body: str, limit: str, statu
         assert sum(each.result(DEADLINE) for each in asked) == 2
         assert got_in("ann")
         assert len(client.get("/api/conversations", headers=bearer("ann")).json()) == 3
+
+
+def test_a_message_may_be_as_long_as_is_set() -> None:
+    with serving(scripted(["Long."]), max_message_chars=2 * MAX_BODY) as client:
+        assert said(client.send_message("x" * 2 * MAX_BODY)) == "Long."
 
 
 def test_without_tokens_everybody_is_one_user_without_a_limit_of_their_own() -> None:
