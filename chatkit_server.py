@@ -4219,7 +4219,8 @@ class Doorman(CORSMiddleware):
             hint = f" (to let {printable(origin)} in, add it to CHATKIT_CORS_ORIGINS)" if origin else ""
             user = printable(scope["state"].get("caller", Caller("")).user_id) or "-"
             shown, ms = printable(path), (time.monotonic() - began) * 1000
-            log.info("%s %s %d %.0fms user=%s%s", scope["method"], shown, status, ms, user, hint)
+            level = logging.WARNING if origin else logging.INFO  # a warning is seen whatever the logging
+            log.log(level, "%s %s %d %.0fms user=%s%s", scope["method"], shown, status, ms, user, hint)
 
 
 def create_app(
