@@ -1678,11 +1678,12 @@ def markdown(title: str, rows: list[Row]) -> str:
     """A conversation as a Markdown document."""
     parts = [f"# {title}"]
     for row in rows:
+        files = [f"- {file['name']}" for file in (row["item"] or {}).get("attachments") or []]
         if row["role"] == "tool":
             parts += [f"**Tool** `{row['tool_calls'][0]['name']}`", *map(code_block, tool_texts(row))]
-        elif row["content"]:
-            who = {"user": "**You**\n\n", "assistant": "**Assistant**\n\n"}.get(row["role"], "")
-            parts.append(who + row["content"])
+        elif row["content"] or files:
+            who = {"user": ["**You**"], "assistant": ["**Assistant**"]}.get(row["role"], [])
+            parts += filter(None, [*who, row["content"], *files])
         for annotation in annotations_of(row["item"] or {}):
             source = annotation.get("source") or {}
             name, url = source.get("title", "source"), source.get("url")

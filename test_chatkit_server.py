@@ -4406,12 +4406,14 @@ def test_readers_are_shown_as_much_of_tools_as_is_set(show: str) -> None:
 def test_a_conversation_can_be_had_as_a_markdown_file() -> None:
     with serving(scripted([Call("echo", {"text": "x"})], ["**Bold** and `code`"])) as client:
         client.send_message("What *is* it?\nTell me.")
+        client.send_message("", 1, attachments=[upload(client, b"hi", "tea.txt")["id"]])
         client.patch("/api/conversations/1", json={"title": "Gr\u00fc\u00dfe / 1"})
         response = client.get("/api/conversations/1?format=markdown")
     assert response.headers["content-type"].startswith("text/markdown")
     assert re.match(r"attachment; .*\.md\b", response.headers["content-disposition"])
     assert response.text.startswith("# Gr\u00fc\u00dfe / 1\n")
     assert re.search(r"What \*is\* it\?\nTell me\.(?s:.*)echo(?s:.*)\*\*Bold\*\* and `code`", response.text)
+    assert "`code`\n\n**You**\n\n- tea.txt\n\n**Assistant**\n\n**Bold**" in response.text
 
 
 def test_an_earlier_message_is_answered_anew_with_other_words() -> None:
