@@ -1270,7 +1270,7 @@ class DemoModel(Model):
 ToolCall = tuple[str, Row]  # a tool's name, and its arguments
 TODO_STARTERS = ("add buy milk to my list", "show my tasks", "complete buy milk")
 _COMMANDS = (  # verbs, what follows them, and the tool whose arguments its groups are
-    ("show|list|what|what['’]s", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
+    ("show|list|what|what.s", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
     ("add|remind me to", "(?P<title>.+?)", "add_task"),
     ("rename|change", "(?P<task>.+?) to (?P<title>.+?)", "update_task"),
     ("complete|finish|mark", "(?P<task>.+?)(?: (?:as )?(?:done|finished|completed?))?", "complete_task"),
@@ -1458,18 +1458,18 @@ class Models(ModelProvider):
         from agents.extensions.models.litellm_model import LitellmModel
 
         known = [each.value for each in litellm.LlmProviders]
+        local = f"openai/{name} for one at OPENAI_BASE_URL" if self.settings.openai_base_url else ""
         if provider not in known:
             near = difflib.get_close_matches(provider.lower(), known, 1)
-            meant = f"{near[0]}/{rest}" if near else "gemini/gemini-2.5-flash, say"
-            if self.settings.openai_base_url:
-                meant = f"openai/{name} for one at OPENAI_BASE_URL"
+            meant = local or (f"{near[0]}/{rest}" if near else "gemini/gemini-2.5-flash, say")
             raise SettingsError(f"LiteLLM knows no provider {provider!r}, for {name!r}: write {meant}.")
         key = getattr(self.settings, f"{provider}_api_key", None)  # OpenAI's and Gemini's are settings
         url = getattr(self.settings, f"{provider}_base_url", None)
         missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
         # Azure's are all called missing where one of them is.
         if needed := [each for each in missing if each.endswith("_API_KEY") and not os.environ.get(each)]:
-            raise SettingsError(f"The model {name!r} needs {' or '.join(needed)}.")
+            text = " or ".join(needed) + (local and f"; write {local}")
+            raise SettingsError(f"The model {name!r} needs {text}.")
         return LitellmModel(model=name, api_key=key or (url and "none"), base_url=url)
 
     async def close(self) -> None:

@@ -1064,7 +1064,7 @@ remind me to call Dr. Smith | THREE, call Dr. Smith | Added
 add tea, eggs and bread | THREE, tea, eggs, bread | It is task 6
 show my tasks | THREE | - **2** call mom
 What's on my list? | THREE | - **3** water plants
-What’s on the list? | THREE | - **3** water plants
+What\u2019s on the list? | THREE | - **3** water plants
 add tea to list / add eggs /please show my tasks. | THREE, tea, eggs | - **5** eggs
 mark call mom done / mark 3 as finished | buy milk, call mom!, water plants! | as done
 complete 1 and 2; delete water plants, 1 | call mom! | Removed “water plants”
@@ -4211,6 +4211,7 @@ WRONG = {
     "create_app(models=None)": "models",
     "create_app(models=[agent])": "models",
     'create_app(model="a/b", openai_base_url="http://localhost:1/v1")': "openai/a/b",
+    'create_app(model="xai/b", openai_base_url="http://localhost:1/v1")': "openai/xai/b",
     "create_app(on_action=print)": "async def",
     "create_app(on_feedback=print)": "async def",
     "create_app(transcribe=print)": "async def",
