@@ -503,16 +503,11 @@ class Store(Database):
         return await self._read(sql, user_id, limit, offset)
 
     async def search_conversations(self, user_id: str, words: str, limit: int, offset: int = 0) -> list[Row]:
-        """Those whose title, or one of whose messages, has all these words, or words that begin so.
-
-        A sign that stands alone is in no index, and does not count.
-        """
-        given = words.replace("\0", " ").split()
-        if not given:
-            return await self.conversations(user_id, limit, offset)
+        """Those whose title, or one of whose messages, has all these words, or words that begin so."""
+        given = words.replace("\0", " ").split()  # signs alone are in no index, and do not count
         terms = ['"' + word.replace('"', '""') + '"*' for word in given if any(map(str.isalnum, word))]
         if not terms:
-            return []
+            return [] if given else await self.conversations(user_id, limit, offset)
         match = f'owner : "{user_id.encode().hex().upper()}" AND body : ({" AND ".join(terms)})'
         sql = """WITH hits (id) AS (
                 SELECT m.conversation_id FROM (
@@ -3828,9 +3823,6 @@ class PlainMessage(BaseModel):
         return given
 
 
-# What these bodies do not know is refused: a retry that missed its message_id would remove the wrong things.
-
-
 class ConversationChange(BaseModel, extra="forbid"):
     """What is given changes."""
 
@@ -3846,7 +3838,7 @@ class AnswersTo(Answers, extra="forbid"):
     item_id: ItemId
 
 
-class Retry(BaseModel, extra="forbid"):
+class Retry(BaseModel, extra="forbid"):  # or a misspelt message_id would have the wrong things removed
     message_id: ItemId | None = None
     message: str | None = None
 
@@ -4991,8 +4983,12 @@ class Server(uvicorn.Server):
     def start(self) -> None:
         """Run in a thread, and return when it answers. Raises SettingsError, StoreError."""
         self._thread.start()
-        while not self.started and self._thread.is_alive():
-            time.sleep(0.005)
+        try:
+            while not self.started and self._thread.is_alive():
+                time.sleep(0.005)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
         if not self.started:
             raise self.failure or SettingsError("The lifespan of the app failed; the log says why.")
 

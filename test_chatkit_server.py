@@ -3331,14 +3331,16 @@ def test_what_is_said_during_a_lock_is_saved_soon_after_it(tmp_path: Path, words
     assert_sound(path)
 
 
-def test_a_start_that_waits_for_a_lock_can_be_given_up(tmp_path: Path) -> None:
-    path = tmp_path / "chat.db"
-    with locked(path), ThreadPoolExecutor(1) as pool:
-        server = ck.Server(make_app(database=str(path)), "127.0.0.1", 0)
-        running = pool.submit(server.run)
+def test_a_start_that_waits_for_a_lock_can_be_interrupted(tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupt(_: float) -> None:
         until((tmp_path / "chat.db-server").exists)
-        server.should_exit = True  # as a signal sets it
-        running.result(2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ck, "time", SimpleNamespace(**{**vars(time), "sleep": interrupt}))
+    began, threads = time.monotonic(), our_threads()
+    with locked(tmp_path / "chat.db"), pytest.raises(KeyboardInterrupt):
+        ck.serve_in_background(make_app(database=str(tmp_path / "chat.db")))
+    assert our_threads() == threads and time.monotonic() - began < 4
 
 
 def takes_nothing(client: Client, told: str, text: str = "new") -> None:
