@@ -1460,7 +1460,8 @@ class Models(ModelProvider):
             raise SettingsError(f"LiteLLM knows no provider {provider!r}, for {name!r}: write {meant}.")
         key = getattr(self.settings, f"{provider}_api_key", None)  # OpenAI's and Gemini's are settings
         url = getattr(self.settings, f"{provider}_base_url", None)
-        missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
+        token = provider == "huggingface" and os.environ.get("HF_TOKEN")  # which LiteLLM reads
+        missing = [] if key or url or token else litellm.validate_environment(name)["missing_keys"]
         # Azure's are all called missing where one of them is.
         if needed := [each for each in missing if each.endswith("_API_KEY") and not os.environ.get(each)]:
             text = " or ".join(needed) + (local and f"; write {local}")

@@ -1634,6 +1634,7 @@ anthropic/c LitellmModel: CHATKIT_MODEL=anthropic/c ANTHROPIC_API_KEY=k
 gpt-x OpenAIResponsesModel: CHATKIT_MODEL=gpt-x OPENAI_API_KEY=k
 m OpenAIChatCompletionsModel: CHATKIT_MODEL=m OPENAI_BASE_URL=http://localhost:1234/v1
 m OpenAIResponsesModel: CHATKIT_MODEL=m OPENAI_BASE_URL=https://api.openai.com/v1/ OPENAI_API_KEY=k
+huggingface/a/b LitellmModel: CHATKIT_MODEL=huggingface/a/b HF_TOKEN=k
 azure/gpt-x LitellmModel: CHATKIT_MODEL=azure/gpt-x AZURE_API_KEY=k AZURE_API_BASE=https://a.example
 {get_default_model()} OpenAIResponsesModel: OPENAI_API_KEY=k GEMINI_API_KEY=k
 gemini/gemini-2.5-flash LitellmModel: GEMINI_API_KEY=k
