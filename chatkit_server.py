@@ -143,7 +143,13 @@ log = logging.getLogger("chatkit")
 Row = dict[str, Any]  # of the database, or any other JSON object
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
-Origin = Annotated[str, Field(pattern="^https?://[^/]+/?$"), AfterValidator(lambda text: text.rstrip("/"))]
+
+def _as_browsers_say(origin: str) -> str:
+    return re.sub("^(http://.*):80$|^(https://.*):443$", r"\1\2", origin.rstrip("/").lower())
+
+
+Url = Annotated[str | None, Field(pattern="^https?://[^/]", description="http:// or https:// and a host")]
+Origin = Annotated[str, Field(pattern="^https?://[^/]+/?$"), AfterValidator(_as_browsers_say)]
 DEV_ORIGINS = tuple(f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173))
 
 
@@ -173,7 +179,7 @@ class Settings(BaseModel):
     )
     jwt_audience: str | None = None
     jwt_issuer: str | None = None
-    jwks_url: str | None = Field(None, pattern="^https?://")  # public keys, for EdDSA, ES256 and RS256 tokens
+    jwks_url: Url = None  # public keys, for EdDSA, ES256 and RS256 tokens
     cors_origins: tuple[Origin, ...] = Field(DEV_ORIGINS, description="origins such as http://localhost:3000")
     history_limit: int = Field(40, ge=1)  # items that the model is shown
     on_disconnect: Literal["cancel", "continue"] = "cancel"  # what a ChatKit reader does who leaves
@@ -186,7 +192,7 @@ class Settings(BaseModel):
     tracing: bool = False  # send the Agents SDK's traces to OpenAI
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     openai_api_key: str | None = Field(None, repr=False)  # these four without CHATKIT_
-    openai_base_url: str | None = None
+    openai_base_url: Url = None
     gemini_api_key: str | None = Field(None, repr=False)
     gemini_model: str = "gemini-2.5-flash"
 
@@ -200,18 +206,21 @@ class Settings(BaseModel):
                 raise SettingsError(f"There is no setting {name!r}{_nearest(name, fields) or '.'}") from None
             wanted = fields[name].description
             told = f"it must be {wanted}" if wanted else error["msg"]
-            shown = "" if name.endswith(("_secret", "_key")) else f", not {error['input']!r}"
+            shown = "" if name.endswith(("_secret", "_key")) else f", not {error['input']!r:.99}"
             raise SettingsError(f"{name} ({self.env_name(name)}): {told}{shown}.") from None
 
-    @field_validator("starters", "models", "cors_origins", mode="before")
+    @field_validator("database", "starters", "models", "cors_origins", mode="before")
     @classmethod
     def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "database":
+            return str(value) if isinstance(value, Path) else value
         if isinstance(value, str):
             parts = value.split("|" if info.field_name == "starters" else ",")
             value = [part.strip() for part in parts if part.strip()]
         if info.field_name == "models" and not isinstance(value, dict):
-            pairs = [text.partition("=") for text in value]
-            return {choice.strip(): model.strip() or choice.strip() for choice, _, model in pairs}
+            with contextlib.suppress(AttributeError, TypeError):  # no texts: refused as it is
+                pairs = [text.partition("=") for text in value]
+                return {choice.strip(): model.strip() or choice.strip() for choice, _, model in pairs}
         return value
 
     @property
@@ -234,9 +243,15 @@ class Settings(BaseModel):
 
         An empty value counts as not set; an unknown CHATKIT_ variable gets a warning. Raises SettingsError.
         """
-        load_dotenv(HERE / ".env")  # into os.environ, where LiteLLM looks for keys; what is there wins
         names = {"BETTER_AUTH_SECRET": "jwt_secret"}  # CHATKIT_JWT_SECRET, which comes after it, wins
         names |= {cls.env_name(name): name for name in cls.model_fields}
+        for variable, text in list(os.environ.items()):
+            if not text.strip() and (variable in names or variable.endswith("_API_KEY")):
+                del os.environ[variable]  # it counts as not set, but not for .env and LiteLLM
+        try:  # into os.environ, where LiteLLM looks for keys; what is there wins
+            load_dotenv(HERE / ".env", encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"Cannot read {HERE / '.env'}, which must be UTF-8: {error}.") from None
         given = {variable: text.strip() for variable, text in os.environ.items() if text.strip()}
         for variable in given:
             if variable.startswith("CHATKIT_") and variable not in names:
@@ -326,19 +341,26 @@ class Database:
 
     @contextlib.contextmanager
     def _claim(self) -> Generator[None]:
-        """Whoever locks an empty file beside the database is first; the lock ends with the process."""
+        """Everybody shares a lock on an empty file beside the database; it ends with the process."""
         path = f"{self._file}-server"
-        with contextlib.closing(sqlite3.connect(path, timeout=0, check_same_thread=False)) as claim:
+
+        def is_alone() -> bool:
             try:
-                claim.execute("BEGIN EXCLUSIVE")
-                self.shared = False
+                claim.executescript("PRAGMA busy_timeout = 0; BEGIN EXCLUSIVE; COMMIT")
+                return True
             except sqlite3.OperationalError as error:
-                self.shared = "locked" in str(error)
+                return "locked" not in str(error)
+
+        with contextlib.closing(sqlite3.connect(path, check_same_thread=False)) as claim:
+            self.shared = not is_alone()
+            with contextlib.suppress(sqlite3.OperationalError):  # the claim is made as far as can be
+                claim.executescript("PRAGMA busy_timeout = 1000; BEGIN; SELECT 1 FROM sqlite_schema")
             try:
                 yield
             finally:
-                if not self.shared:
-                    with contextlib.suppress(OSError):
+                claim.rollback()
+                with contextlib.suppress(OSError):
+                    if is_alone():
                         os.unlink(path)
 
     def _identity(self) -> tuple[int, int] | None:
@@ -483,9 +505,10 @@ class Store(Database):
 
     async def search_conversations(self, user_id: str, words: str, limit: int, offset: int = 0) -> list[Row]:
         """Those whose title, or one of whose messages, has all these words, or words that begin so."""
-        terms = ['"' + word.replace('"', '""') + '"*' for word in words.replace("\0", " ").split()]
+        given = words.replace("\0", " ").split()  # signs alone are in no index, and do not count
+        terms = ['"' + word.replace('"', '""') + '"*' for word in given if any(map(str.isalnum, word))]
         if not terms:
-            return await self.conversations(user_id, limit, offset)
+            return [] if given else await self.conversations(user_id, limit, offset)
         match = f'owner : "{user_id.encode().hex().upper()}" AND body : ({" AND ".join(terms)})'
         sql = """WITH hits (id) AS (
                 SELECT m.conversation_id FROM (
@@ -1258,10 +1281,10 @@ class DemoModel(Model):
 ToolCall = tuple[str, Row]  # a tool's name, and its arguments
 TODO_STARTERS = ("add buy milk to my list", "show my tasks", "complete buy milk")
 _COMMANDS = (  # verbs, what follows them, and the tool whose arguments its groups are
-    ("show|list|what|what's", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
+    ("show|list|what|what.s", r".*\b(?:tasks|list|to-?dos)", "list_tasks"),
     ("add|remind me to", "(?P<title>.+?)", "add_task"),
     ("rename|change", "(?P<task>.+?) to (?P<title>.+?)", "update_task"),
-    ("complete|finish|mark", "(?P<task>.+?)(?: as done)?", "complete_task"),
+    ("complete|finish|mark", "(?P<task>.+?)(?: (?:as )?(?:done|finished|completed?))?", "complete_task"),
     ("delete|remove", "(?P<task>.+?)", "delete_task"),
 )
 _SAID = {
@@ -1331,15 +1354,17 @@ def _named_calls(words: str, tools: Iterable[str]) -> list[ToolCall]:
 def understand(text: str) -> list[ToolCall]:
     """What the to-do commands in a message ask for."""
     calls: list[ToolCall] = []
-    text = " ".join(re.sub('["“”]', "", text[:1000]).split())  # a pattern may look at all of it often
+    text = re.sub('["“”]', "", text[:1000]).replace("\n", "; ")  # a pattern may look at all of it often
+    text = " ".join(text.split())
     any_verb = "|".join(verbs for verbs, _, _ in _COMMANDS)
-    on_my_list = "(?: (?:to|on|from) (?:my|the) (?:to-?do )?list)?(?:,? please)?"
+    on_my_list = "(?: (?:to|on|from) (?:my |the )?(?:to-?do )?list)?(?:,? please)?"
     for clause in re.split(f"(?:[.;!?,]| and| then)+ (?=(?:please )?(?:{any_verb}) )", text, flags=re.I):
         for verbs, rest, tool in _COMMANDS:
             command = re.compile(f"(?:please )?(?:{verbs}) {rest}{on_my_list}", re.I)
             if found := command.fullmatch(clause.strip(" .!?,;")):
-                titles = re.split(", and |, | and ", found["title"]) if tool == "add_task" else []
-                calls += [(tool, {"title": title}) for title in titles] or [(tool, found.groupdict())]
+                given = found.groupdict()
+                several = re.split("[,;]+ (?:and )?| and ", found[1]) if len(given) == 1 else []
+                calls += [(tool, dict.fromkeys(given, each)) for each in several] or [(tool, given)]
     return calls
 
 
@@ -1444,19 +1469,20 @@ class Models(ModelProvider):
         from agents.extensions.models.litellm_model import LitellmModel
 
         known = [each.value for each in litellm.LlmProviders]
+        local = f"openai/{name} for one at OPENAI_BASE_URL" if self.settings.openai_base_url else ""
         if provider not in known:
             near = difflib.get_close_matches(provider.lower(), known, 1)
-            meant = f"{near[0]}/{rest}" if near else "gemini/gemini-2.5-flash, say"
+            meant = local or (f"{near[0]}/{rest}" if near else "gemini/gemini-2.5-flash, say")
             raise SettingsError(f"LiteLLM knows no provider {provider!r}, for {name!r}: write {meant}.")
-        for variable, value in list(os.environ.items()):
-            if variable.endswith("_API_KEY") and not value:
-                del os.environ[variable]  # what is empty counts as not set, but not for LiteLLM
         key = getattr(self.settings, f"{provider}_api_key", None)  # OpenAI's and Gemini's are settings
         url = getattr(self.settings, f"{provider}_base_url", None)
-        missing = [] if key or url else litellm.validate_environment(name)["missing_keys"]
-        if needed := [variable for variable in missing if variable.endswith("_API_KEY")]:
-            raise SettingsError(f"The model {name!r} needs {' or '.join(needed)}.")
-        return LitellmModel(model=name, api_key=key, base_url=url)
+        token = provider == "huggingface" and os.environ.get("HF_TOKEN")  # which LiteLLM reads
+        missing = [] if key or url or token else litellm.validate_environment(name)["missing_keys"]
+        # Azure's are all called missing where one of them is.
+        if needed := [each for each in missing if each.endswith("_API_KEY") and not os.environ.get(each)]:
+            text = " or ".join(needed) + (local and f"; write {local}")
+            raise SettingsError(f"The model {name!r} needs {text}.")
+        return LitellmModel(model=name, api_key=key or (url and "none"), base_url=url)
 
     async def close(self) -> None:
         self._models.clear()
@@ -1666,11 +1692,12 @@ def markdown(title: str, rows: list[Row]) -> str:
     """A conversation as a Markdown document."""
     parts = [f"# {title}"]
     for row in rows:
+        files = [f"- {file['name']}" for file in (row["item"] or {}).get("attachments") or []]
         if row["role"] == "tool":
             parts += [f"**Tool** `{row['tool_calls'][0]['name']}`", *map(code_block, tool_texts(row))]
-        elif row["content"]:
-            who = {"user": "**You**\n\n", "assistant": "**Assistant**\n\n"}.get(row["role"], "")
-            parts.append(who + row["content"])
+        elif row["content"] or files:
+            who = {"user": ["**You**"], "assistant": ["**Assistant**"]}.get(row["role"], [])
+            parts += filter(None, [*who, row["content"], *files])
         for annotation in annotations_of(row["item"] or {}):
             source = annotation.get("source") or {}
             name, url = source.get("title", "source"), source.get("url")
@@ -2992,7 +3019,7 @@ class Caller:
     request_context: Row = field(default_factory=dict)  # {"headers", "metadata"}
 
 
-MAX_BODY = 1024 * 1024  # bytes of JSON, but for recordings
+MAX_BODY = 1024 * 1024  # bytes of JSON beside a message and a recording
 
 
 class Call(Request):
@@ -3002,12 +3029,13 @@ class Call(Request):
         super().__init__(request.scope, request.receive)
         self.chat, self.caller = cast(Chat, self.app.state.chat), cast(Caller, self.state.caller)
         self.store, self.user_id = self.chat.store, self.caller.user_id
+        self.max_json = MAX_BODY + 6 * self.chat.settings.max_message_chars  # which may come as \u1234
         host, root = self.headers.get("host", ""), self.scope.get("root_path", "")
         self.base = f"{self.scope['scheme']}://{host}{root}"  # the app's own URL
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Raises Refused for what is longer than any file or recording may be."""
-        total, limit = 0, self.chat.settings.max_attachment_bytes * 4 // 3 + MAX_BODY  # in base64
+        total, limit = 0, self.chat.settings.max_attachment_bytes * 4 // 3 + self.max_json  # base64
         async for chunk in super().stream():
             total += len(chunk)
             if total > limit:
@@ -3024,8 +3052,8 @@ class Call(Request):
         except ValueError as error:
             raise Refused(400, f"Invalid JSON: {error}") from None
         self.state.operation = value.get("type")
-        if len(body) > MAX_BODY and self.state.operation != "input.transcribe":
-            raise Refused(413, f"The request is larger than {MAX_BODY:,} bytes")
+        if len(body) > self.max_json and self.state.operation != "input.transcribe":
+            raise Refused(413, f"The request is larger than {self.max_json:,} bytes")
         return value
 
     async def shown(self, rows: list[Row]) -> list[Row]:
@@ -3176,6 +3204,8 @@ class Chat:
         """Open all, unless it is open; `ending` is how turns end that run at its close. Raises StoreError."""
         async with self._opening, contextlib.AsyncExitStack() as stack:
             if self._keeper is not None and not self._keeper.done():
+                if self._keeper.get_loop() is not asyncio.get_running_loop():
+                    raise StoreError("This app is served already: stop that server, or create another app.")
                 return
             if self.store.is_open:
                 self.store.before_close.add(self.close)
@@ -3905,7 +3935,6 @@ def make_token(settings: Settings, user_id: str) -> str:
 # ===================================================================================================== Bodies
 # What goes in and out, as /docs shows it.
 
-InBody = Annotated[T, Body(embed=True)]
 Status = Literal["active", "locked", "closed"]
 
 
@@ -3928,7 +3957,7 @@ class PlainMessage(BaseModel):
         return given
 
 
-class ConversationChange(BaseModel):
+class ConversationChange(BaseModel, extra="forbid"):
     """What is given changes."""
 
     title: Title | None = None
@@ -3939,8 +3968,18 @@ class ConversationChange(BaseModel):
     metadata: Row | None = None
 
 
-class AnswersTo(Answers):
+class AnswersTo(Answers, extra="forbid"):
     item_id: ItemId
+
+
+class Retry(BaseModel, extra="forbid"):  # or a misspelt message_id would have the wrong things removed
+    message_id: ItemId | None = None
+    message: str | None = None
+
+
+class ToolOutput(BaseModel, extra="forbid"):
+    result: Any
+    id: str | None = None
 
 
 class ConversationOut(BaseModel):
@@ -4103,23 +4142,17 @@ async def post_cancel(conversation_id: ThreadId, call: Call) -> dict[str, str]:
 
 
 @router.post(CONVERSATION + "/retry", **STREAM)
-async def post_retry(
-    conversation_id: ThreadId,
-    call: Call,
-    message_id: InBody[ItemId | None] = None,
-    message: InBody[str | None] = None,
-) -> Response:
+async def post_retry(conversation_id: ThreadId, call: Call, body: Retry | None = None) -> Response:
     """Answer a user's message anew, the last one if none is named, with other words if given. All that came
     after it goes."""
-    return await plain_stream(call, conversation_id, take_retry, message_id, message)
+    given = body or Retry()
+    return await plain_stream(call, conversation_id, take_retry, given.message_id, given.message)
 
 
 @router.post(CONVERSATION + "/tool_output", **STREAM)
-async def post_tool_output(
-    conversation_id: ThreadId, call: Call, result: InBody[Any], id: InBody[str | None] = None
-) -> Response:
+async def post_tool_output(conversation_id: ThreadId, call: Call, body: ToolOutput) -> Response:
     """Give the pending client tool call its result; the agent goes on."""
-    return await plain_stream(call, conversation_id, take_tool_output, result, id)
+    return await plain_stream(call, conversation_id, take_tool_output, body.result, body.id)
 
 
 @router.post(CONVERSATION + "/answers", **STREAM)
@@ -4313,7 +4346,8 @@ class Doorman(CORSMiddleware):
             hint = f" (to let {printable(origin)} in, add it to CHATKIT_CORS_ORIGINS)" if origin else ""
             user = printable(scope["state"].get("caller", Caller("")).user_id) or "-"
             shown, ms = printable(path), (time.monotonic() - began) * 1000
-            log.info("%s %s %d %.0fms user=%s%s", scope["method"], shown, status, ms, user, hint)
+            level = logging.WARNING if origin else logging.INFO  # a warning is seen whatever the logging
+            log.log(level, "%s %s %d %.0fms user=%s%s", scope["method"], shown, status, ms, user, hint)
 
 
 def create_app(
@@ -5044,7 +5078,15 @@ class Server(uvicorn.Server):
         self.url = url_of(host, self._listener.getsockname()[1])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.chat.open()  # not in the lifespan, which would report a failure with a traceback
+        # Not in the lifespan, which would report a failure with a traceback.
+        opening = asyncio.create_task(self.chat.open())
+        while not (opening.done() or self.should_exit):  # Ctrl-C waits for no lock, and no MCP server
+            await asyncio.wait([opening], timeout=0.1)
+        if not opening.done():
+            opening.cancel()  # which closes what is open
+            await asyncio.wait([opening])
+            return
+        await opening
         await super().startup(sockets)
         if not self._thread.is_alive():
             model, data = self.chat.agents.model_name, self.chat.store.path
@@ -5075,8 +5117,12 @@ class Server(uvicorn.Server):
     def start(self) -> None:
         """Run in a thread, and return when it answers. Raises SettingsError, StoreError."""
         self._thread.start()
-        while not self.started and self._thread.is_alive():
-            time.sleep(0.005)
+        try:
+            while not self.started and self._thread.is_alive():
+                time.sleep(0.005)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
         if not self.started:
             raise self.failure or SettingsError("The lifespan of the app failed; the log says why.")
 
@@ -5101,7 +5147,7 @@ class Server(uvicorn.Server):
 
 def url_of(host: str, port: int) -> str:
     """Where a browser on this machine finds what listens there."""
-    here = LOOPBACK.fullmatch(host) or not host.strip("0.:")  # every address is one of this machine, too
+    here = host == "127.0.0.1" or not host.strip("0.:")  # every address is one of this machine, too
     return f"http://{'localhost' if here else f'[{host}]' if ':' in host else host}:{port}"
 
 

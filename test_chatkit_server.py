@@ -84,11 +84,11 @@ Json = dict[str, Any]  # an object
 Wrapper = RunContextWrapper[ck.TurnContext]
 parametrize = pytest.mark.parametrize
 
-# What the environment of whoever runs the tests says must not count: a value is empty, so .env cannot set it.
-for name in [name for name in os.environ if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_"))]:
-    del os.environ[name]
-UNSET = "OPENAI_API_KEY GEMINI_API_KEY ANTHROPIC_API_KEY OPENAI_BASE_URL CHATKIT_MODEL CHATKIT_JWT_SECRET"
-os.environ |= dict.fromkeys([*UNSET.split(), "BETTER_AUTH_SECRET"], "")
+# What the environment of whoever runs the tests says must not count, and no .env file.
+for name in [*os.environ]:
+    if name.startswith(("CHATKIT_", "OPENAI_", "GEMINI_")) or name.endswith(("_API_KEY", "_AUTH_SECRET")):
+        del os.environ[name]
+os.environ["PYTHON_DOTENV_DISABLED"] = "1"
 CLEAN_ENV = {**os.environ, "PYTHONPATH": str(HERE)}
 ck.DemoModel.__init__.__defaults__ = (0.0,)  # nobody watches its words come one by one
 
@@ -535,15 +535,37 @@ def test_an_older_python_is_told_which_one_it_needs() -> None:
 
 
 def test_settings_come_from_the_environment_and_flags_win(monkeypatch: Any) -> None:
-    given = {"PORT": "1234", "CORS_ORIGINS": "https://a.example/, https://b.example", "TRACING": "yes"}
+    given = {"PORT": "1234", "CORS_ORIGINS": "https://A.example:443/, http://b.example:80", "TRACING": "yes"}
     for name, value in {**given, "STARTERS": "Soup | Something quick|"}.items():
         monkeypatch.setenv(f"CHATKIT_{name}", value)
     monkeypatch.setenv("BETTER_AUTH_SECRET", SECRET)
     settings = ck.Settings.from_env(host="::1")
     assert (settings.port, settings.host, settings.tracing) == (1234, "::1", True)
     assert (settings.jwt_secret, settings.starters) == (SECRET, ("Soup", "Something quick"))
-    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert settings.cors_origins == ("https://a.example", "http://b.example")
     assert ck.Settings.from_env(port=4321).port == 4321 and SECRET not in repr(settings)
+    assert ck.Settings(database=Path("x.db")).database == "x.db"
+
+
+def test_settings_may_stand_in_a_file_and_an_empty_variable_is_not_set(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ck, "HERE", tmp_path)
+    monkeypatch.delenv("PYTHON_DOTENV_DISABLED")
+    for name, value in {"TITLE": " ", "PORT": "1"}.items():
+        monkeypatch.setenv(f"CHATKIT_{name}", value)
+    (tmp_path / ".env").write_text("CHATKIT_TITLE=K\u00fcche\nCHATKIT_PORT=2", encoding="utf-8-sig")
+    settings = ck.Settings.from_env()
+    assert (settings.title, settings.port) == ("K\u00fcche", 1)
+    (tmp_path / ".env").write_text("CHATKIT_TITLE=K\u00fcche", encoding="utf-16")
+    with pytest.raises(ck.SettingsError, match=r"\.env.*UTF-8"):
+        ck.Settings.from_env()
+
+
+def test_the_address_is_one_where_it_listens() -> None:
+    urls = {ck.url_of(host, 80) for host in ("127.0.0.1", "0.0.0.0", "::")}
+    assert urls == {"http://localhost:80"} and ck.url_of("::1", 80) == "http://[::1]:80"
+    assert ck.url_of("127.0.0.2", 80) == "http://127.0.0.2:80"
 
 
 # ============================================================================================= Plain dialect
@@ -683,9 +705,10 @@ def test_search_finds_titles_and_messages_by_the_beginnings_of_words() -> None:
         def found(q: str) -> list[int]:
             return [row["id"] for row in client.get("/api/conversations", params={"q": q}).json()]
 
-        assert found("alp") == found("beta ALPHA") == found("zurich") == [1]
+        assert found("alp") == found("beta ALPHA") == found("zurich") == found("alpha & beta \u2013") == [1]
         assert found("delt") == found("gamma") == [2]
-        assert found("lpha") == found("nope") == found('"*()') == []
+        assert found("lpha") == found("nope") == found('"*()') == found("- &") == []
+        assert found(" ") == [2, 1]
         client.delete("/api/conversations/1")
         assert found("alpha") == []
 
@@ -736,6 +759,8 @@ def test_servers_in_the_background_start_stop_and_keep_apart() -> None:
     threads = our_threads()
     apps = [make_app(scripted([answer])) for answer in ("one", "two", "three")]
     first, second = map(ck.serve_in_background, apps[:2])
+    with pytest.raises(ck.StoreError, match="served already"):
+        ck.serve_in_background(apps[0])
     assert (said_by(first), said_by(second)) == ("one", "two")
     first.stop()
     again = ck.serve_in_background(apps[2], port=int(first.url.rpartition(":")[2]))
@@ -1039,6 +1064,10 @@ remind me to call Dr. Smith | THREE, call Dr. Smith | Added
 add tea, eggs and bread | THREE, tea, eggs, bread | It is task 6
 show my tasks | THREE | - **2** call mom
 What's on my list? | THREE | - **3** water plants
+What\u2019s on the list? | THREE | - **3** water plants
+add tea to list / add eggs /please show my tasks. | THREE, tea, eggs | - **5** eggs
+mark call mom done / mark 3 as finished | buy milk, call mom!, water plants! | as done
+complete 1 and 2; delete water plants, 1 | call mom! | Removed “water plants”
 complete buy milk | buy milk!, call mom, water plants | Marked “buy milk” as done
 mark task 3 as done | buy milk, call mom, water plants! | Marked “water plants” as done
 finish the water | buy milk, call mom, water plants! | Marked
@@ -1058,6 +1087,7 @@ what is the meaning of life? | THREE | demo model
 @parametrize("sentence", SENTENCES.split("\n")[1:-1])
 def test_the_demo_model_keeps_a_list_in_ordinary_sentences(sentence: str) -> None:
     message, tasks, answer = (part.strip() for part in sentence.replace("THREE", THREE).split("|"))
+    message = message.replace("/", "\n")
     with serving() as client:
         client.send_message(f"add {THREE}")
         events = client.send_message(message, thread_id=1)
@@ -1604,6 +1634,8 @@ anthropic/c LitellmModel: CHATKIT_MODEL=anthropic/c ANTHROPIC_API_KEY=k
 gpt-x OpenAIResponsesModel: CHATKIT_MODEL=gpt-x OPENAI_API_KEY=k
 m OpenAIChatCompletionsModel: CHATKIT_MODEL=m OPENAI_BASE_URL=http://localhost:1234/v1
 m OpenAIResponsesModel: CHATKIT_MODEL=m OPENAI_BASE_URL=https://api.openai.com/v1/ OPENAI_API_KEY=k
+huggingface/a/b LitellmModel: CHATKIT_MODEL=huggingface/a/b HF_TOKEN=k
+azure/gpt-x LitellmModel: CHATKIT_MODEL=azure/gpt-x AZURE_API_KEY=k AZURE_API_BASE=https://a.example
 {get_default_model()} OpenAIResponsesModel: OPENAI_API_KEY=k GEMINI_API_KEY=k
 gemini/gemini-2.5-flash LitellmModel: GEMINI_API_KEY=k
 gemini/gemini-9 LitellmModel: GEMINI_API_KEY=k GEMINI_MODEL=gemini-9
@@ -1665,6 +1697,13 @@ def test_a_name_in_an_agent_means_what_it_means_in_the_settings(name: str) -> No
         assert said(client.send_message("hi")) == "Hello."
         assert client.get("/api/config").json()["model"] == "gemini/gemini-2.5-flash"
     assert provider.requests[0]["path"].startswith("/v1beta/models/gemini-2.5-flash:")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LiteLLM's
+def test_a_name_with_a_slash_may_be_that_of_a_local_server_which_asks_for_no_key() -> None:
+    with talking_to("chat", ["Hello."], model="openai/google/x", openai_api_key=None) as (client, provider):
+        assert said(client.send_message("hi")) == "Hello."
+    assert provider.requests[0]["body"]["model"] == "google/x"
 
 
 # ================================================================================= Whatever an agent does
@@ -3491,6 +3530,18 @@ def test_what_is_said_during_a_lock_is_saved_soon_after_it(tmp_path: Path, words
     assert_sound(path)
 
 
+def test_a_start_that_waits_for_a_lock_can_be_interrupted(tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupt(_: float) -> None:
+        until((tmp_path / "chat.db-server").exists)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ck, "time", SimpleNamespace(**{**vars(time), "sleep": interrupt}))
+    began, threads = time.monotonic(), our_threads()
+    with locked(tmp_path / "chat.db"), pytest.raises(KeyboardInterrupt):
+        ck.serve_in_background(make_app(database=str(tmp_path / "chat.db")))
+    assert our_threads() == threads and time.monotonic() - began < 4
+
+
 def takes_nothing(client: Client, told: str, text: str = "new") -> None:
     """What must write is refused: with a 503, or on ChatKit's streams, where it shows nowhere, an `error`."""
     bodies: list[Any] = [{"message": text}, {"message": text, "thread_id": 1}]
@@ -4015,8 +4066,11 @@ REFUSALS = r"""
 404 GET /api/conversations/(x | 0 | 1.0 | 18446744073709551616)
 400 GET /api/conversations/1?format=pdf
 400 PATCH /api/conversations/1 ({} | {"title": ""} | {"title": 7} | {"status": "open"} | {"metadata": 5})
-400 PATCH /api/conversations/1 {"status": "locked", "reason": 7}
+400 PATCH /api/conversations/1 {"status": "locked", ("reason": 7 | "status_reason": "why")}
 400 POST /api/conversations/1/tool_output ([] | {"id": "x"} | {"result": 1, "id": 5} | {"result": 1e999})
+400 POST /api/conversations/1/tool_output {"result": 1, "call_id": "x"} # call_id
+400 POST /api/conversations/1/answers {"item_id": 1, "ansers": {}} # ansers
+400 POST /api/conversations/1/retry ({"id": 1} | {"mesage": "x", "message_id": 1})
 409 POST /api/conversations/1/tool_output {"result": 1}
 40* POST /api/conversations/1/answers ({"answers": {}} | {"item_id": 1, "status": "maybe"})
 40* POST /api/conversations/1/answers {"item_id": 1, "answers": ([] | {"q": 5} | {"q": {"values": "x"}})}
@@ -4144,7 +4198,7 @@ def test_preflights_let_listed_pages_in_and_others_are_logged(guarded: Client, c
             assert headers["access-control-allow-credentials"] == "true"
             assert names <= set(re.findall(r"[\w-]+", headers["access-control-allow-headers"].lower()))
             assert "CHATKIT_CORS_ORIGINS" not in caplog.text
-    until(lambda: re.search(f"{EVIL}.*CHATKIT_CORS_ORIGINS", caplog.text))  # after the answer
+    until(lambda: re.search(f"WARNING.*{EVIL}.*CHATKIT_CORS_ORIGINS", caplog.text))  # after the answer
 
 
 def dial(client: Client) -> socket.socket:
@@ -4328,6 +4382,11 @@ def test_beyond_the_limits_the_answer_is_no_at_once(body: str, limit: str, statu
         assert len(client.get("/api/conversations", headers=bearer("ann")).json()) == 3
 
 
+def test_a_message_may_be_as_long_as_is_set() -> None:
+    with serving(scripted(["Long."]), max_message_chars=2 * MAX_BODY) as client:
+        assert said(client.send_message("x" * 2 * MAX_BODY)) == "Long."
+
+
 def test_without_tokens_everybody_is_one_user_without_a_limit_of_their_own() -> None:
     wait = Wait()
     with serving(scripted([wait, "Hello."]), max_turns_per_user=2) as client, ThreadPoolExecutor(6) as pool:
@@ -4350,6 +4409,10 @@ WRONG = {
     'create_app(settings={"port": 1})': "Settings",
     'create_app(store="x.db")': "Store(",
     "create_app(lifespan=7)": "lifespan",
+    "create_app(models=None)": "models",
+    "create_app(models=[agent])": "models",
+    'create_app(model="a/b", openai_base_url="http://localhost:1/v1")': "openai/a/b",
+    'create_app(model="xai/b", openai_base_url="http://localhost:1/v1")': "openai/xai/b",
     "create_app(on_action=print)": "async def",
     "create_app(on_feedback=print)": "async def",
     "create_app(transcribe=print)": "async def",
@@ -4418,7 +4481,8 @@ CHATKIT_LOG_LEVEL loud
 CHATKIT_TRACING perhaps
 CHATKIT_SHOW_TOOLS some
 CHATKIT_CORS_ORIGINS localhost:3000 ftp://x
-CHATKIT_JWKS_URL ftp://x keys.json
+CHATKIT_JWKS_URL ftp://x keys.json http://
+OPENAI_BASE_URL localhost:1234 http//localhost:1234/v1
 CHATKIT_JWT_SECRET only-a-short-secret
 """
 
@@ -4491,16 +4555,21 @@ async def test_a_store_and_its_file_may_be_shared_and_have_tables_of_ones_own(tm
         assert of_type(visitor.send_message("hi"), "tool_result")[0]["result"] == [own, own]
 
 
-def test_a_second_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, caplog: Any) -> None:
-    file, wait = tmp_path / "shared.db", Wait()
+def test_a_later_opener_is_warned_and_breaks_no_running_answer(tmp_path: Path, caplog: Any) -> None:
+    """Also where the first one has gone meanwhile."""
+    file, wait, first = tmp_path / "shared.db", Wait(), contextlib.ExitStack()
+    first.enter_context(serving(scripted(["x"]), database=str(file)))
     with answering(scripted(["Half ", wait, "whole."]), wait, database=str(file)) as (_, events):
+        first.close()
         until(lambda: rows_of(file, "SELECT id FROM messages WHERE status = 'streaming'"))
-        with serving(scripted(["x"]), database=str(file)) as second:
-            assert [row["status"] for row in second.messages(1)] == ["done", "streaming"]
+        caplog.clear()
+        with serving(scripted(["x"]), database=str(file)) as third:
+            assert [row["status"] for row in third.messages(1)] == ["done", "streaming"]
         assert re.search("WARNING.*shared.db", caplog.text)
         wait.gate.set()
         assert said(events.result(DEADLINE)) == "Half whole."
     assert rows_of(file, "SELECT status FROM messages") == [("done",), ("done",)]
+    assert [*tmp_path.iterdir()] == [file]
 
 
 # ---- one's own page, what is shown, and retry
@@ -4541,12 +4610,14 @@ def test_readers_are_shown_as_much_of_tools_as_is_set(show: str) -> None:
 def test_a_conversation_can_be_had_as_a_markdown_file() -> None:
     with serving(scripted([Call("echo", {"text": "x"})], ["**Bold** and `code`"])) as client:
         client.send_message("What *is* it?\nTell me.")
+        client.send_message("", 1, attachments=[upload(client, b"hi", "tea.txt")["id"]])
         client.patch("/api/conversations/1", json={"title": "Gr\u00fc\u00dfe / 1"})
         response = client.get("/api/conversations/1?format=markdown")
     assert response.headers["content-type"].startswith("text/markdown")
     assert re.match(r"attachment; .*\.md\b", response.headers["content-disposition"])
     assert response.text.startswith("# Gr\u00fc\u00dfe / 1\n")
     assert re.search(r"What \*is\* it\?\nTell me\.(?s:.*)echo(?s:.*)\*\*Bold\*\* and `code`", response.text)
+    assert "`code`\n\n**You**\n\n- tea.txt\n\n**Assistant**\n\n**Bold**" in response.text
 
 
 def test_an_earlier_message_is_answered_anew_with_other_words() -> None:
