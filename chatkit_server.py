@@ -4281,31 +4281,30 @@ header { padding: .6rem 1.25rem; flex-wrap: wrap; } header h1 { flex-basis: 9rem
 @media (hover: hover) { .item:not(:hover, :focus-within, :last-child) .foot { opacity: 0; } }
 .md :is(p, ul, ol, blockquote, .table), .code { margin: 0 0 .75rem; white-space: pre-line; }
 .md :is(ul, ol, blockquote) { padding-left: 1.5rem; } blockquote { border-left: 3px solid var(--line); }
-.md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
-.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; } sup { line-height: 0; }
-img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; }
+.md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; } .code { background: var(--side); }
+.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; } .code > div { padding: .3rem .4rem .3rem 1rem; }
+img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; } sup { line-height: 0; }
 .chips { flex-wrap: wrap; } .chips img { height: 5rem; } .table { overflow: auto; overflow-wrap: break-word; }
 td, th { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; }
 code, pre { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; } table { border-collapse: collapse; }
 pre { margin: 0; padding: .8rem 1rem; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
-.code { background: var(--side); } .code > div { padding: .3rem .4rem .3rem 1rem; }
 .code button, #send { margin-left: auto; } summary { padding: .45rem .9rem; cursor: pointer; }
 .tool > :not(summary) { margin: .2rem .9rem .7rem; } q { display: block; color: var(--secondary); }
 .notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
 .warning { border-left-color: var(--warning); } .danger { border-left-color: var(--danger); }
 :is(fieldset, #welcome) button { margin: .3rem .5rem .3rem 0; } fieldset > div + * { margin-top: .9rem; }
-.card, .col { gap: .5rem; } .card { padding: 1rem; } .card, .list { max-width: 34rem; }
-.list > * { padding: .6rem 1rem; } .list > * + * { border-top: 1px solid var(--line); } .spacer { flex: 1; }
+.card, .col { gap: .5rem; } .card { padding: 1rem; } .card, .list { max-width: 34rem; } .spacer { flex: 1; }
+.list > *, .list > details > * { padding: .6rem 1rem; } .list > details { padding: 0; }
+:is(.list, .list > details) > * + * { border-top: 1px solid var(--line); }
 .widget :is(p, h3, hr) { margin: 0; } .widget :is(button, .badge) { flex: none; } hr { width: 100%; }
 .row:has(> button) { flex-wrap: wrap; } :is(.card, .col) > :is(button, .badge) { align-self: flex-start; }
 .badge { border-radius: .4rem; padding: 0 .5rem; background: var(--soft); } .widget * { max-width: 100%; }
 .item[aria-busy=true] > * { opacity: .6; pointer-events: none; } .entry[role] { cursor: pointer; }
-/* The composer */
-#composer p { margin-bottom: .5rem; } #problem { color: var(--danger); } #locked { color: var(--warning); }
+/* The composer */ #composer p { margin-bottom: .5rem; } #problem { color: var(--danger); }
 #box { flex-wrap: wrap; gap: .3rem; padding: .4rem; } #box:focus-within { border-color: var(--accent); }
 #input { flex: 1; border: 0; outline: 0; padding: .35rem .6rem; } #box select { border: 0; max-width: 35%; }
-#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #note { text-align: center; }
-#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; }
+#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #locked { color: var(--warning); }
+#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; } #note { text-align: center; }
 #announce { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 </style></head><body>
 <nav id="sidebar" popover aria-label="Conversations"><b id="brand"></b><a href="#/">+ New conversation</a>
@@ -4319,15 +4318,13 @@ pre { margin: 0; padding: .8rem 1rem; max-height: 30rem; overflow: auto; white-s
     <div><div id="welcome" hidden><h2 id="greeting"></h2><div id="tries"></div></div>
       <div id="log"></div><p id="thinking" class="quiet" hidden></p></div></div>
   <div id="composer"><p id="problem" role="alert" hidden></p><p id="locked" role="status" hidden></p>
-    <div id="box"><ul id="files" class="chips"></ul>
+    <div id="box"><input id="file" type="file" multiple hidden title="File"><ul id="files" class="chips"></ul>
       <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autofocus></textarea>
-      <button id="attach">Attach</button><input id="file" type="file" multiple hidden aria-label="Files">
-      <select id="models" aria-label="Model" hidden></select>
+      <button id="attach">Attach</button><select id="models" aria-label="Model" hidden></select>
       <select id="tools" aria-label="Tool" hidden></select><button id="send" class="primary"></button></div>
     <p id="note" class="quiet" hidden>This is the built-in demo. To use a real model, set OPENAI_API_KEY,
       GEMINI_API_KEY or CHATKIT_MODEL and start again.</p></div></main><p id="announce" role="status"></p>
-<script>"use strict";
-// A whole client; no library, no build. What is stored is drawn as it is loaded, and again after each event.
+<script>"use strict"; // No library. What is stored is drawn as it is loaded, and again after each event.
 const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms)), THINKING = "Thinking…\n";
@@ -4488,8 +4485,8 @@ const WIDGETS = { __proto__: null, // so that no unknown type is found
     cancel && widget({ type: "Button", label: cancel.label, onClickAction: cancel.action }))),
   ListView({ limit, ...w }) {
     const items = kids(w), rest = items.splice(limit > 0 ? limit : limit === "auto" ? 10 : items.length);
-    const more = el("div", {}, push(`Show ${rest.length} more`, () => more.replaceWith(...rest)));
-    return el("div.list", {}, headed(w), items, rest.length > 0 && more);
+    const more = rest.length > 0 && el("details", {}, el("summary", {}, `${rest.length} more`), rest);
+    return el("div.list", {}, headed(w), items, more);
   },
   ListViewItem: (w) => el("div.entry", w.onClickAction && { role: "button", tabIndex: 0 }, kids(w)),
   Basic: stack("div.col"), Col: stack("div.col"), Row: stack("div.row"), Spacer: stack("div.spacer"),
@@ -4549,26 +4546,27 @@ page.log.addEventListener("submit", (event) => event.preventDefault(), true); //
 // ---------- Items: from the type of a stored item to its drawing ----------
 const nodeOf = (id) => document.getElementById(`item-${id}`);
 const rowsShown = () => [...page.log.children].flatMap(({ row }) => row ?? []);
+const oncePerFrame = (node, task) => node.frame ??= requestAnimationFrame(() => task(node.frame = null));
 function draw(row) { // new or changed; at most once per frame
   const node = nodeOf(row.id) ?? page.log.insertBefore(el("div.item", { id: `item-${row.id}` }),
     [...page.log.children].find((each) => each.row?.id > row.id) ?? null);
   node.row = { usage: node.row?.usage, ...row };
-  node.frame ??= requestAnimationFrame(() => {
+  oncePerFrame(node, () => {
     const { role, item } = node.row, json = JSON.stringify(node.row);
     drawn = node.row.id;
     const type = node.dataset.type = ["user", "assistant"].includes(role) ? role : item?.type ?? role;
     if (json !== node.json) renew(node, [ITEMS[type]?.(node.row, item, node), tail(node.row)]);
-    Object.assign(node, { json, frame: null });
+    node.json = json;
   });
 }
 function renew(node, given) { // puts other nodes in; what had the focus has it again, what was open is open
-  const nodes = given.flat(Infinity).filter(Boolean), open = node.querySelector("details")?.open;
+  const nodes = given.flat(Infinity).filter(Boolean), folds = () => [...node.querySelectorAll("details")];
   const controls = () => [...node.querySelectorAll(`${CONTROLS}, summary`)];
-  const at = controls().indexOf(document.activeElement);
+  const at = controls().indexOf(document.activeElement), wereOpen = folds().map(({ open }) => open);
   for (const old of [...node.childNodes]) if (old !== nodes[0]) old.remove(); // that is a text which grows
   node.append(...nodes.filter((each) => each !== node.firstChild));
-  if (open) node.querySelector("details").open = true;
-  controls()[at]?.focus();
+  folds().forEach((fold, i) => { fold.open ||= wereOpen[i]; });
+  if (at >= 0) (controls()[at] ?? page.scroller).focus({ preventScroll: true });
 }
 function cited(text, notes = []) { // the text with the numbers of its sources, and those, each once
   const letters = [...text], keyOf = ({ url, title }) => url ?? title;
@@ -4598,7 +4596,7 @@ const ITEMS = { __proto__: null, user: ({ id, content }, item) => [
       Object.assign(page.input, { value: content, editing: id }).focus();
     }))],
   assistant({ id, content, feedback }, item, node) {
-    const [text, sources] = cited(content, item?.content[0].annotations), item_ids = [String(id)];
+    const [text, sources] = cited(content, item?.content[0]?.annotations), item_ids = [String(id)];
     const rate = (kind) => operate("items.feedback", { item_ids, kind }).then(load).catch(complain);
     const anew = () => confirm("Have this answered anew? What came after it goes.") && begin(here("/retry"),
       { message_id: rowsShown().findLast((row) => row.role === "user" && row.id < id).id });
@@ -4659,8 +4657,8 @@ async function load() { // what is stored of the conversation
   const isAnswered = messages.some(({ status }) => status === "streaming");
   if (isAnswered && !view.busy && !view.loading) openConversation(view.id); // by another tab, or an action
 }
-const think = (told) => // what goes on is told in open lines; what is stored of it, is folded
-  show(page.thinking, told).replaceChildren(...inline(page.thinking.told = told));
+const think = (told) => oncePerFrame(Object.assign(page.thinking, { told }), () => // what goes on
+  show(page.thinking, page.thinking.told).replaceChildren(...inline(page.thinking.told)));
 const tells = ({ content, text = content }) => think(`${page.thinking.told}${text}\n`);
 const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_update: tells,
   thinking: ({ content }) => think((page.thinking.told || THINKING) + content),
@@ -4810,9 +4808,9 @@ page.input.oninput = () => { // an emptied box is no message to be edited any lo
 };
 addEventListener("keydown", (event) => { // Enter sends, or does what a click would
   const { key, target, shiftKey, isComposing, keyCode } = event;
+  if (target.role === "button" && [" ", "Enter"].includes(key)) target.click(event.preventDefault());
   // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
   if (key !== "Enter" || shiftKey || isComposing || keyCode === 229) return;
-  if (target.role) target.click();
   if (target === page.input) send(target.value, event.preventDefault());
 });
 page.send.onclick = () => !shown.busy ? send(page.input.value)

@@ -5122,6 +5122,8 @@ class TestPage:
 
         async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
             seen.append((action["type"], action["payload"]))
+            if action["type"] == "tick":
+                await context.replace_widget(item["id"], {**item["widget"], "key": "another"})
             if action["type"] == "leave":
                 await context.remove(item["id"])
 
@@ -5135,11 +5137,15 @@ class TestPage:
             given: Json = {"id": 1, "name": "Ann", "wish": "no onions", "size": "b", "kind": "b"}
             given |= {"day": "2026-12-24", "hot": True, "table": "Table 3"}
             assert until(lambda: seen and seen.pop()) == ("order", given)
+            tab.expect(tab.page.get_by_text("Choice 2")).to_be_hidden()
+            tab.page.get_by_text("2 more").click()
             tab.page.get_by_label("Milk").check()
             assert until(lambda: seen and seen.pop()) == ("tick", {"milk": True})
-            tab.expect(tab.page.get_by_text("Choice 2")).to_have_count(0)
-            tab.button("Show 2 more").click()
+            tab.expect(tab.page.get_by_label("Milk")).not_to_be_checked()  # for it was drawn anew
             tab.button("Choice 2").press("Enter")
+            assert until(lambda: seen and seen.pop()) == ("choose 2", {"id": 7})
+            tab.sees_no("[aria-busy=true]")
+            tab.button("Choice 2").press("Space")
             assert until(lambda: seen and seen.pop()) == ("choose 2", {"id": 7})
             tab.button("Leave").click()
             tab.sees_no(".card")
@@ -5388,11 +5394,17 @@ class TestPage:
             {"type": "freeform", "id": "note", "question": "Anything else?"},
         ]
 
+        wait = Wait()
+
         async def survey(context: ck.TurnContext) -> Any:
+            await wait.pass_through()
             return context.ask(asked)
 
         with visit(doing(survey)) as (client, tab):
-            tab.ask("x")
+            tab.say("x")
+            tab.page.locator(".tool summary").click()  # the questions take its place
+            wait.gate.set()
+            tab.is_idle()
             tab.button("Send answers").click()  # which says what is missing
             tab.page.reload()
             tab.page.get_by_label("Large").first.check()
@@ -5427,8 +5439,9 @@ class TestPage:
             assert wiped == ["a"]
             tab.ask("y")
             tab.page.reload()
-            tab.button("Approve").click()
+            tab.button("Approve").press("Enter")
             tab.sees("Over.")
+            tab.expect(tab.page.get_by_role("log")).to_be_focused()
             assert wiped == ["a", "a"]
 
     def test_a_client_tool_call_says_what_it_waits_for(self, visit: Any) -> None:
