@@ -4370,8 +4370,8 @@ const operate = (type, params) => // in ChatKit's dialect
   api("chatkit", "POST", { type, params: { thread_id: String(shown.id), ...params } });
 function configure(given) {
   const { title, greeting, starters, model, models, tools } = config = given;
-  const offer = (node, first, names) => Object.assign(node, { hidden: !names.length }).replaceChildren(
-    ...["", ...names].map((value) => el("option", { value }, value || first)));
+  const offer = (node, none, names) => Object.assign(node, { hidden: !names.length }).replaceChildren(
+    ...["", ...names].map((value) => el("option", { value, selected: value === node.value }, value || none)));
   offer(page.models, model, models.length > 1 ? models.filter((name) => name !== model) : []);
   offer(page.tools, "Any tool", tools.map(({ name }) => name));
   page.tries.replaceChildren(...starters.map((text) => push(text, () => send(text))));
@@ -4592,7 +4592,7 @@ const ITEMS = { __proto__: null, user: ({ id, content }, item) => [
     item?.attachments?.length > 0 && el("div.chips", {}, item.attachments.map(fileNode)),
     el("div.user", {}, item?.quoted_text && el("q", {}, item.quoted_text), content),
     el("div.foot", {}, push("Edit", () => { // until what is in the box is sent, or removed
-      complain({ message: "What came after it goes when you send this message anew." });
+      if (page.input.value && !confirm("This replaces what is in the box.")) return;
       Object.assign(page.input, { value: content, editing: id }).focus();
     }))],
   assistant({ id, content, feedback }, item, node) {
@@ -4678,6 +4678,7 @@ const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_u
   } };
 const happen = (event) => (EVENTS[event.type] ?? load)(event); // what is told otherwise, is stored
 const BUSY = "Not sent: an answer is still being written. Wait for its end, or stop it.";
+const AWAY = "Not sent: the server does not answer.";
 function setBusy(view, busy) {
   view.busy = busy;
   if (view !== shown) return;
@@ -4687,8 +4688,8 @@ function setBusy(view, busy) {
   if (page.problem.textContent === BUSY) show(page.problem, "");
 }
 async function begin(path, body) { // has the server answer, and follows the answer; true if it went
-  const view = shown;
-  if (view.busy || view.loading) return void complain({ message: BUSY });
+  if (shown.busy) return void show(page.problem, page.banner.hidden ? BUSY : AWAY);
+  const view = Object.assign(shown, { loading: false }); // what was being opened, gives way to it
   setBusy(view, true);
   page.scroller.scrollTop = 0;
   try {
@@ -4697,23 +4698,25 @@ async function begin(path, body) { // has the server answer, and follows the ans
     view === shown ? openConversation(view.id, response) : response.body.cancel(); // joined later
     return true;
   } catch ({ status, message }) {
-    show(page.problem, `Not sent: ${status ? message : "the server does not answer."}`);
+    show(page.problem, status ? `Not sent: ${message}` : AWAY);
     setBusy(view, false);
     if (!status || (view.id && status !== 401)) reopen(view); // perhaps an answer runs that we know not of
   }
 }
 async function send(message) {
-  const { editing } = page.input, files = [...page.files.children].map(({ file }) => file?.id);
+  const { editing } = page.input, chips = [...page.files.children], files = chips.map(({ file }) => file?.id);
   if (files.includes(undefined)) return complain({ message: "Not sent: a file is still on its way." });
   if (!message.trim() && !files.length) return;
-  page.input.value = message; // and there it stays until the server has it
+  if (editing && !confirm("Send the edited message? What came after it goes.")) return;
+  page.input.value ||= message; // and there it stays until the server has it
   const [model, tool_choice] = [page.models, page.tools].map(({ value }) => value || undefined);
   const sent = editing ? begin(here("/retry"), { message, message_id: editing })
     : begin("chatkit", { message, thread_id: shown.id ?? undefined, attachments: files, model, tool_choice });
   if (!await sent) return;
   Object.assign(page.input, { value: page.input.value.replace(message, ""), editing: null }).focus();
+  if (editing) return; // what is attached and chosen is for the next new message
   page.tools.value = "";
-  page.files.replaceChildren();
+  chips.forEach((chip) => chip.remove()); // there may be others by now
 }
 // ---------- Opening a conversation ----------
 async function openConversation(id, joined) { // shows what is stored, and follows what is being written
@@ -4736,7 +4739,7 @@ async function openConversation(id, joined) { // shows what is stored, and follo
       throw refusal("Conversation not found", 404); // known without a request that fails
     const stream = joined ?? await api(here("/stream")), answering = stream.status === 200;
     await load();
-    if (view !== shown) return stream.body?.cancel();
+    if (view !== shown || !view.loading) return stream.body?.cancel(); // or a message is on its way
     setBusy(Object.assign(view, { loading: false }), answering);
     if (!answering) return;
     page.log.querySelectorAll(".item.notice").forEach((node) => node.remove()); // the stream tells them again
@@ -4803,9 +4806,7 @@ page.remove.onclick = () => {
   location.hash = "#/";
 };
 page.save.onclick = () => download(here("?format=markdown"), `${shown.title}.md`);
-page.input.oninput = () => { // an emptied box is no message to be edited any longer
-  if (!page.input.value && page.input.editing) show(page.problem, page.input.editing = null);
-};
+page.input.oninput = () => { if (!page.input.value) page.input.editing = null; }; // what comes is new
 addEventListener("keydown", (event) => { // Enter sends, or does what a click would
   const { key, target, shiftKey, isComposing, keyCode } = event;
   if (target.role === "button" && [" ", "Enter"].includes(key)) target.click(event.preventDefault());

@@ -5018,8 +5018,11 @@ class TestPage:
             tab.page.on("request", lambda each: sent.extend([each.post_data_json] * ("chatkit" in each.url)))
             tab.page.get_by_label("Model", exact=True).select_option("smart")
             tab.page.get_by_label("Tool", exact=True).select_option("echo")
+            tab.input.fill("a draft")
             tab.button("Cook <b>soup</b>").click()
             tab.is_idle()
+            tab.expect(tab.input).to_have_value("a draft")
+            tab.page.evaluate("getJson('api/config').then(configure)")  # as after a reconnection
             tab.ask("and now?")
             chosen = [(each["model"], each.get("tool_choice")) for each in sent]
             assert chosen == [("smart", "echo"), ("smart", None)]
@@ -5254,6 +5257,8 @@ class TestPage:
             for connection in list(server.server_state.connections):
                 connection.loop.call_soon_threadsafe(connection.transport.abort)
             tab.sees("The server does not answer", "#banner")
+            tab.say("more")
+            tab.sees("Not sent: the server does not answer", "#problem")
             context.set_offline(False)
             tab.is_busy()
             tab.is_idle()
@@ -5302,6 +5307,8 @@ class TestPage:
             first.page.evaluate("dispatchEvent(new Event('focus'))")
             first.sees("three")
             assert first.texts() == second.texts() == ["one two", "three"]
+            first.page.evaluate("dispatchEvent(new Event('focus')); send('z')")  # as by a click into it
+            first.expect(first.page.locator(".assistant")).to_have_count(3)
 
     def test_conversations_are_searched_renamed_exported_and_deleted(self, visit: Any) -> None:
         with visit(scripted(["ok"])) as (client, tab):
@@ -5545,13 +5552,24 @@ class TestPage:
             assert client.messages(1)[-1]["feedback"] == "positive"
             tab.button("Copy").click()
             until(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "three")
+            tab.input.fill("a draft")
             tab.page.get_by_role("button", name="Edit").first.click()
-            tab.sees("What came after it", "#problem")
+            tab.expect(tab.input).to_have_value("a draft")
+            tab.replies = [""]
+            tab.page.get_by_role("button", name="Edit").first.click()
             tab.expect(tab.input).to_have_value("x")
+            note = {"name": "note.txt", "mimeType": "text/plain", "buffer": b"later"}
+            tab.page.locator("#file").set_input_files([note])
+            tab.expect(tab.button("Remove note.txt")).to_be_visible()
             tab.input.fill("z")
             tab.type("Shift+Enter", "zz", "Enter")
+            tab.expect(tab.input).to_have_value("z\nzz")
+            assert "What came after it" in tab.asked[-1] and tab.texts(".user") == ["x", "y"]
+            tab.replies = [""]
+            tab.type("Enter")
             tab.sees("four")
             tab.is_idle()
+            tab.expect(tab.button("Remove note.txt")).to_be_visible()
             for _ in tab.now_and_after_a_reload():
                 tab.sees("four")
                 assert tab.texts() == ["four"] and tab.texts(".user") == ["z\nzz"]
