@@ -4402,7 +4402,7 @@ const BLOCKS = [
   [/^([ \t]*)(?<fence>`{3,}|~{3,})([^`\n]*)$\n?([^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))/, codeBlock],
   [/^(#{1,6}) (.+)$/, (marks, text) => nested(`h${Math.min(6, marks.length + 2)}`)(text)],
   [/((?:^>(?![> ]{16}).*\n?)+)/, (text) => el("blockquote", {}, blocks(text.replace(/^> ?/gm, "")))],
-  [/((?:^\|.*\n?)+)/, tableOf],
+  [/((?:^\|.*\n?)+)/, tableOf], [/^(?:-{3,}|\*{3,})[ \t]*$/, () => el("hr")],
   [new RegExp(`(^${ITEM}.*(?:\\n\\s*(?=${ITEM}|[ \\t]{2,}\\S).*|\\n(?!${BEGIN}).*\\S.*)*)`), listOf],
   [new RegExp(`(^.*\\S.*(?:\\n(?!${BEGIN}).*\\S.*)*)`), nested("p")]];
 const SPANS = [
@@ -4412,10 +4412,10 @@ const SPANS = [
   [/\*\*(?=\S)(.+?)\*\*(?!\*)/, nested("strong")], [/(?<!\w)__(?=\S)(.+?)__(?!\w)/, nested("strong")],
   [/\*(?=[^\s*])([^*]*[^\s*])\*/, nested("em")], [/(?<!\w)_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, nested("em")],
   [/!\[([^[\]]*)\]\(([^\s()]+)[^()\n]*\)/, (alt, src) => picture(src, alt)],
-  [/\[\^(\d+)\](?:\((https?:\/\/[^\s()]+)\))?/, (number, href) => el("sup", {}, link(href, number))],
+  [/\[\^(\d+)\](?:\((https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\))?/, (n, href) => el("sup", {}, link(href, n))],
   [/\[([^[\]]+)\]\((https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/, (label, href) => link(href, inline(label))],
-  [/(\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/, (href) => link(href, href)],
-  [/((?:(?!\bhttps?:)[^\\`~*_![])+|.)/, (text) => text]];
+  [/(https?:\/\/(?:[^\s<>()]*(?:\([^\s<>()]*\)|[^\s<>.,:;!?'"()\]*_]))+)/, (href) => link(href, href)],
+  [/((?:(?!https?:)[^\\`~*_![])+|.)/, (text) => text]];
 const finder = (table, flags) => { // finds what a text consists of, with what draws each
   const any = new RegExp(table.map(([{ source }], i) => `(?<is${i}>${source})`).join("|"), `g${flags}`);
   return (text) => [...text.matchAll(any)].map(({ 0: source, groups }) => {
@@ -4572,7 +4572,8 @@ function cited(text, notes = []) { // the text with the numbers of its sources, 
   const letters = [...text], keyOf = ({ url, title }) => url ?? title;
   const sources = new Map(notes.map(({ source }) => [keyOf(source), source])), keys = [...sources.keys()];
   for (const { index, source } of notes.toSorted((a, b) => b.index - a.index)) if (index >= 0)
-    letters.splice(index, 0, `[^${keys.indexOf(keyOf(source)) + 1}]`, source.url ? `(${source.url})` : "");
+    letters.splice(index, 0, "\u200a", // so thin a space ends an address before it
+      `[^${keys.indexOf(keyOf(source)) + 1}]`, source.url ? `(${source.url})` : "");
   return [letters.join(""), listed([...sources.values()])];
 }
 const listed = (sources = []) => sources.length > 0 && el("ol.quiet", {}, sources.map(

@@ -4710,6 +4710,9 @@ def test_each_section_uses_what_stands_above_it_and_else_what_the_map_says() -> 
 MARKDOWN = """# A heading
 One paragraph with **bold**, *italics*, ~~struck~~, `a * b`, a [link](https://example.org/a_(b)?c=1),
 and https://example.org/bare. snake_case_name, 2 * 3 * 4, \\*plain\\*.
+See (https://example.org/c_(d)), _https://example.org/e_f_!
+
+---
 
 1. first
    - inner **one**
@@ -4740,7 +4743,8 @@ WHAT_IS_DRAWN = {  # what becomes of it, by selector
     "em": ["italics", "two"],
     "s": ["struck"],
     "p code": ["a * b"],
-    "a": ["link", "https://example.org/bare"],
+    "a": ["link", *(f"https://example.org/{path}" for path in ("bare", "c_(d)", "e_f"))],
+    "p + hr": [""],
     "ol > li > ul > li": ["inner one", "inner two"],
     "blockquote": ["A quote\nof two lines"],
     "th": ["What", "Much"],
@@ -5065,6 +5069,7 @@ class TestPage:
                 assert tab.page.locator("ol > li").count() == 2
                 assert tab.link("link").get_attribute("href") == "https://example.org/a_(b)?c=1"
                 tab.sees("snake_case_name, 2 * 3 * 4, *plain*.")
+                tab.sees("See (https://example.org/c_(d)), _https://example.org/e_f_!")
             tab.page.get_by_role("button", name="Copy").first.click()
             tab.expect(tab.button("Copied")).to_be_visible()
             assert tab.page.evaluate("navigator.clipboard.readText()") == WHAT_IS_DRAWN["pre"][0]
@@ -5197,15 +5202,17 @@ class TestPage:
                 asked.clear()
 
     def test_citations_tasks_and_workflows(self, visit: Any) -> None:
-        book = {"type": "url", "title": "The book", "url": "https://books.example/a"}
-        sources = [(book, 3), ({"type": "entity", "id": "e", "title": "Oolong"}, 6), (book, 6)]
+        book = {"type": "url", "title": "The book", "url": "https://books.example/a_(b)"}
+        sources = [(book, 3), ({"type": "entity", "id": "e", "title": "Oolong"}, 18), (book, 18)]
         notes = [{"type": "annotation", "source": source, "index": index} for source, index in sources]
 
         async def work(context: ck.TurnContext) -> None:
             await context.start_workflow({"type": "custom", "tasks": []})
             await context.add_workflow_task({"type": "custom", "title": "Look", "content": "At **it**"})
             await context.end_workflow({"title": "All planned"})
-            await context.say("One two.", annotations=notes)
+            await context.say("One https://a.b/cd.", annotations=notes)
+            empty: Json = {"id": "e", "type": "assistant_message", "content": []}
+            await context.stream({"type": "thread.item.done", "item": empty})
 
         found = [{"type": "url", "url": "https://tea.example"}]
         search: Json = {"id": "ws", "type": "web_search_call"}
@@ -5216,7 +5223,8 @@ class TestPage:
                 tab.sees("All planned")
                 assert sorted(tab.texts("sup")) == ["1", "1", "2"]
                 assert tab.texts("ol.quiet:visible li") == ["The book", "Oolong"]
-                assert tab.page.locator("sup a").first.get_attribute("href") == book["url"]
+                hrefs = [link.get_attribute("href") for link in tab.page.locator(".assistant a").all()]
+                assert sorted(hrefs) == ["https://a.b/cd", book["url"], book["url"]]
                 assert len(tab.texts("#log > .item > .tool")) == 3  # the workflow, the tool, and the search
                 tab.sees("tea", ".tool >> nth=-1")
             tab.page.get_by_text("All planned").click()
