@@ -4245,11 +4245,11 @@ PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Cha
   --line: light-dark(#e0dfda, #383a3c); --text: light-dark(#222, #e8e7e4); --soft: light-dark(#ecf1f0, #233);
   --secondary: light-dark(#666, #a5a39e); --accent: light-dark(#0b6e66, #74cfc3);
   --danger: light-dark(#a8201a, #ffa69e); --warning: light-dark(#855300, #eec46f); overflow-wrap: anywhere; }
-* { box-sizing: border-box; } .quiet, .foot, #actions { color: var(--secondary); }
+* { box-sizing: border-box; unicode-bidi: plaintext; } .quiet, .foot, #actions { color: var(--secondary); }
 body { margin: 0; height: 100dvh; display: flex; overflow: hidden; font: 1rem/1.6 system-ui, sans-serif; }
 body, nav { background: var(--bg); color: var(--text); accent-color: var(--accent); }
-[hidden], .item:empty, ul:empty, .row:empty, [aria-busy=true] .retry, .item:has(~ .item:not(:empty)) .retry,
-[aria-busy=true] > :last-child .foot { display: none !important; }
+[hidden], .item:empty, ul:empty, .row:empty, [aria-busy=true] .retry, [aria-busy=true] > :last-child .foot,
+.item:has(~ .item:not(:empty, .notice)) .retry { display: none !important; }
 button, input, select, textarea, fieldset, .tool, .notice, .code, .card, .list, #box {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
 button { cursor: pointer; padding: .3rem .8rem; } textarea, select, input { padding: .45rem .7rem; }
@@ -4257,9 +4257,9 @@ button { cursor: pointer; padding: .3rem .8rem; } textarea, select, input { padd
 :where(button, nav a, .entry[role]):hover, [aria-current], [aria-pressed=true] { background: var(--soft); }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--bg); }
 :is(.foot, .chips, .code, #actions) button, #attach { border: 0; padding: .2rem .5rem; font-size: .875rem; }
-textarea { field-sizing: content; max-height: 40dvh; resize: none; } h1 { font-size: 1rem; margin: 0; }
+textarea, .chips { max-height: 40dvh; overflow: auto; } textarea { field-sizing: content; resize: none; }
 textarea, input:not([type=checkbox], [type=radio]) { width: 100%; } a { color: var(--accent); }
-.quiet, .tool, .chips, #composer p { font-size: .875rem; margin: 0; }
+.quiet, .tool, .chips, #composer p { font-size: .875rem; margin: 0; } h1 { font-size: 1rem; margin: 0; }
 label, header, .row, .entry, .chips, .chips li, #box { display: flex; gap: .6rem; align-items: center; }
 nav a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 /* The side panel: a popover on narrow screens (Esc and a click outside close it), a column on wide ones. */
@@ -4393,8 +4393,8 @@ async function* readEvents(response, view) {
   }
   if (view) throw new Error("The stream broke off");
 }
-const download = async (path, name) =>
-  el("a", { href: URL.createObjectURL(await (await api(path)).blob()), download: name }).click();
+const download = (path, name) => api(path).then(async (response) =>
+  el("a", { href: URL.createObjectURL(await response.blob()), download: name }).click()).catch(complain);
 // ---------- Markdown: what a text and a line consist of, and how what a pattern caught is drawn ----------
 const ITEM = "[ \\t]*(?:[-*+]|\\d{1,9}[.)]) ", BEGIN = `${ITEM}|#{1,6} |>|\\||[ \\t]*(?:\`{3}|~{3})`;
 const nested = (tag) => (text) => el(tag, {}, inline(text));
@@ -4405,10 +4405,8 @@ const BLOCKS = [
   [/((?:^\|.*\n?)+)/, tableOf], [/^(?:-{3,}|\*{3,})[ \t]*$/, () => el("hr")],
   [new RegExp(`(^${ITEM}.*(?:\\n\\s*(?=${ITEM}|[ \\t]{2,}\\S).*|\\n(?!${BEGIN}).*\\S.*)*)`), listOf],
   [new RegExp(`(^.*\\S.*(?:\\n(?!${BEGIN}).*\\S.*)*)`), nested("p")]];
-const SPANS = [
-  [/\\([!-/:-@[-`{-~])/, (text) => text],
+const SPANS = [[/\\([!-/:-@[-`{-~])/, (text) => text], [/~~(?=\S)(.+?)~~/, nested("s")],
   [/(?<!`)(?<ticks>`{1,2})(?!`)(.+?)(?<!`)\k<ticks>(?!`)/, (ticks, text) => el("code", {}, text)],
-  [/~~(?=\S)(.+?)~~/, nested("s")],
   [/\*\*(?=\S)(.+?)\*\*(?!\*)/, nested("strong")], [/(?<!\w)__(?=\S)(.+?)__(?!\w)/, nested("strong")],
   [/\*(?=[^\s*])([^*]*[^\s*])\*/, nested("em")], [/(?<!\w)_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, nested("em")],
   [/!\[([^[\]]*)\]\(([^\s()]+)[^()\n]*\)/, (alt, src) => picture(src, alt)],
@@ -4672,9 +4670,9 @@ const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_u
     page.log.append(el(`div.item notice ${level}`, {}, title && el("b", {}, `${title}\n`), inline(message))),
   error: ({ message }) => show(page.problem, message ?? "Something went wrong."),
   async done({ status, usage }) { // told to screen readers once, at the end, and not word by word
+    if (status === "failed") show(page.problem, ""); // it stands where it happened
     const last = await load().then(() => rowsShown().at(-1));
     page.announce.textContent = status === "completed" ? last?.content : status;
-    if (status === "failed") show(page.problem, ""); // it stands where it happened now
     if (last) draw({ ...last, usage });
   } };
 const happen = (event) => (EVENTS[event.type] ?? load)(event); // what is told otherwise, is stored
@@ -4778,6 +4776,7 @@ function route() { // an invitation's address brings a token along, a conversati
   const [, token, id] = /^#(?:token=([!-~]+)|\/(\d+))$/.exec(location.hash) ?? [];
   if (token) sessionStorage.setItem(tokenKey, token);
   if (token) history.replaceState(null, "", location.pathname + location.search);
+  if (!config.title) reopen({}); // at the start, or when an invitation comes to a tab without a token
   openConversation(Number(id) || null);
 }
 if (!CSS.supports("overflow-anchor", "auto")) new ResizeObserver(() => { // Safari keeps nobody's place
@@ -4799,7 +4798,7 @@ addEventListener("focus", () => // another tab may have done something
   shown.id && !shown.busy && !shown.loading ? openConversation(shown.id) : refreshList());
 page.search.oninput = refreshList;
 const change = (method, body) => api(here(), method, body).catch(complain).finally(refreshList);
-const rename = (title) => title?.trim() && change("PATCH", { title: title.trim() }).then(load);
+const rename = (title) => title?.trim() && change("PATCH", { title }).then(load).catch(complain);
 page.rename.onclick = () => rename(prompt("Rename conversation", shown.title));
 page.remove.onclick = () => {
   if (!confirm(`Delete “${shown.title}”?`)) return;
@@ -4833,9 +4832,10 @@ const attachAll = ({ files }) => [...files].forEach(attach);
 page.attach.onclick = () => page.file.click(page.file.value = ""); // so that the same one can be chosen again
 page.file.onchange = () => attachAll(page.file);
 addEventListener("paste", ({ clipboardData }) => attachAll(clipboardData));
-addEventListener("dragover", (event) => event.preventDefault());
-addEventListener("drop", (event) => attachAll(event.dataTransfer, event.preventDefault()));
-route(); reopen({});
+const isText = ({ target, dataTransfer: { types } }) => "selectionEnd" in target && !types.includes("Files");
+addEventListener("dragover", (event) => isText(event) || event.preventDefault()); // or it is opened
+addEventListener("drop", (event) => isText(event) || attachAll(event.dataTransfer, event.preventDefault()));
+route();
 </script></body></html>"""
 
 COMPONENT_PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>ChatKit</title>

@@ -5281,6 +5281,8 @@ class TestPage:
             tab.sees("hello", ".user")
             until(lambda: any(row["content"] for row in process.client().messages(1)[1:]))
         tab.sees("The server does not answer", "#banner")
+        tab.button("Export").click()
+        tab.sees("Failed to fetch", "#problem")
         with Process(*port, cwd=tmp_path):
             tab.sees("Interrupted")
             tab.sees_no("#banner")
@@ -5398,6 +5400,10 @@ class TestPage:
             for each in (tab, invited):
                 assert each.page.evaluate(kept) == [token, 0, "", "#/1"]
             assert not invited.asked
+            refused = Tab(context.new_page(), str(client.base_url))
+            refused.sees("To give a token", "#problem")
+            refused.page.goto(f"{client.base_url}#token={token}")  # which loads nothing anew
+            refused.sees("How can I help?", "#welcome")
             invited.page.go_back()
             assert "token" not in invited.page.url
 
@@ -5484,6 +5490,14 @@ class TestPage:
             assert tab.texts() == ["so", "well"] and tab.texts(".user") == ["x", "y"]
             tab.sees_no(".notice, .retry")
 
+        async def warn(context: ck.TurnContext) -> None:
+            await context.notice("info", "Old news.")
+
+        with visit(doing(warn, answer=[RuntimeError("no")])) as (_, tab):
+            tab.ask("x")
+            tab.sees("Old news.", ".notice >> nth=-1")
+            tab.expect(tab.page.get_by_role("alert").get_by_role("button", name="Retry")).to_be_visible()
+
     def test_what_guardrails_block_is_marked_or_gone(self, visit: Any) -> None:
         @input_guardrail
         async def polite(context: Any, agent: Any, given: Any) -> GuardrailFunctionOutput:
@@ -5532,6 +5546,10 @@ class TestPage:
                   const event = new Event("{kind}", {{ bubbles: true }});
                   input.dispatchEvent(Object.assign(event, {{ {field}: carried }}));
                 }}""")
+            drag = "new Event('dragover', { bubbles: true, cancelable: true })"
+            drag = f"Object.assign({drag}, {{ dataTransfer: new DataTransfer() }})"
+            for place, is_taken in (("input", False), ("log", True)):  # what is no file may fall into the box
+                assert tab.page.evaluate(f"!{place}.dispatchEvent({drag})") == is_taken
             tab.expect(tab.page.get_by_role("button", name="Remove ")).to_have_count(3)
             tab.button("Remove drop.txt").click()
             tab.expect(tab.page.locator("#files img")).to_be_visible()
