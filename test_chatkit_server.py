@@ -5149,6 +5149,7 @@ class TestPage:
             tab.page.get_by_text("2 more").click()
             tab.page.get_by_label("Milk").check()
             assert until(lambda: seen and seen.pop()) == ("tick", {"milk": True})
+            tab.sees_no("[aria-busy=true]")
             tab.expect(tab.page.get_by_label("Milk")).not_to_be_checked()  # for it was drawn anew
             tab.button("Choice 2").press("Enter")
             assert until(lambda: seen and seen.pop()) == ("choose 2", {"id": 7})
