@@ -4412,11 +4412,11 @@ PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Cha
   --line: light-dark(#e0dfda, #383a3c); --text: light-dark(#222, #e8e7e4); --soft: light-dark(#ecf1f0, #233);
   --secondary: light-dark(#666, #a5a39e); --accent: light-dark(#0b6e66, #74cfc3);
   --danger: light-dark(#a8201a, #ffa69e); --warning: light-dark(#855300, #eec46f); overflow-wrap: anywhere; }
-* { box-sizing: border-box; } .quiet, .foot, #actions { color: var(--secondary); }
+* { box-sizing: border-box; unicode-bidi: plaintext; } .quiet, .foot, #actions { color: var(--secondary); }
 body { margin: 0; height: 100dvh; display: flex; overflow: hidden; font: 1rem/1.6 system-ui, sans-serif; }
 body, nav { background: var(--bg); color: var(--text); accent-color: var(--accent); }
-[hidden], .item:empty, ul:empty, .row:empty, [aria-busy=true] .retry, .item:has(~ .item:not(:empty)) .retry,
-[aria-busy=true] > :last-child .foot { display: none !important; }
+[hidden], .item:empty, ul:empty, .row:empty, [aria-busy=true] .retry, [aria-busy=true] > :last-child .foot,
+.item:has(~ .item:not(:empty, .notice)) .retry { display: none !important; }
 button, input, select, textarea, fieldset, .tool, .notice, .code, .card, .list, #box {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: .7rem; background: var(--bg); }
 button { cursor: pointer; padding: .3rem .8rem; } textarea, select, input { padding: .45rem .7rem; }
@@ -4424,9 +4424,9 @@ button { cursor: pointer; padding: .3rem .8rem; } textarea, select, input { padd
 :where(button, nav a, .entry[role]):hover, [aria-current], [aria-pressed=true] { background: var(--soft); }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--bg); }
 :is(.foot, .chips, .code, #actions) button, #attach { border: 0; padding: .2rem .5rem; font-size: .875rem; }
-textarea { field-sizing: content; max-height: 40dvh; resize: none; } h1 { font-size: 1rem; margin: 0; }
+textarea, .chips { max-height: 40dvh; overflow: auto; } textarea { field-sizing: content; resize: none; }
 textarea, input:not([type=checkbox], [type=radio]) { width: 100%; } a { color: var(--accent); }
-.quiet, .tool, .chips, #composer p { font-size: .875rem; margin: 0; }
+.quiet, .tool, .chips, #composer p { font-size: .875rem; margin: 0; } h1 { font-size: 1rem; margin: 0; }
 label, header, .row, .entry, .chips, .chips li, #box { display: flex; gap: .6rem; align-items: center; }
 nav a, h1 { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 /* The side panel: a popover on narrow screens (Esc and a click outside close it), a column on wide ones. */
@@ -4448,31 +4448,30 @@ header { padding: .6rem 1.25rem; flex-wrap: wrap; } header h1 { flex-basis: 9rem
 @media (hover: hover) { .item:not(:hover, :focus-within, :last-child) .foot { opacity: 0; } }
 .md :is(p, ul, ol, blockquote, .table), .code { margin: 0 0 .75rem; white-space: pre-line; }
 .md :is(ul, ol, blockquote) { padding-left: 1.5rem; } blockquote { border-left: 3px solid var(--line); }
-.md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; }
-.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; } sup { line-height: 0; }
-img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; }
+.md :is(h3, h4, h5, h6) { font-size: 1.1rem; margin: 1.25rem 0 .5rem; } .code { background: var(--side); }
+.md li :is(ul, ol), .md > :last-child { margin-bottom: 0; } .code > div { padding: .3rem .4rem .3rem 1rem; }
+img { max-width: 100%; max-height: 32rem; border-radius: .7rem; object-fit: cover; } sup { line-height: 0; }
 .chips { flex-wrap: wrap; } .chips img { height: 5rem; } .table { overflow: auto; overflow-wrap: break-word; }
 td, th { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; }
 code, pre { font: .875rem/1.5 ui-monospace, Menlo, Consolas, monospace; } table { border-collapse: collapse; }
 pre { margin: 0; padding: .8rem 1rem; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
-.code { background: var(--side); } .code > div { padding: .3rem .4rem .3rem 1rem; }
 .code button, #send { margin-left: auto; } summary { padding: .45rem .9rem; cursor: pointer; }
 .tool > :not(summary) { margin: .2rem .9rem .7rem; } q { display: block; color: var(--secondary); }
 .notice, fieldset { border-left: 3px solid var(--accent); padding: .7rem 1rem; margin: 0; }
 .warning { border-left-color: var(--warning); } .danger { border-left-color: var(--danger); }
 :is(fieldset, #welcome) button { margin: .3rem .5rem .3rem 0; } fieldset > div + * { margin-top: .9rem; }
-.card, .col { gap: .5rem; } .card { padding: 1rem; } .card, .list { max-width: 34rem; }
-.list > * { padding: .6rem 1rem; } .list > * + * { border-top: 1px solid var(--line); } .spacer { flex: 1; }
+.card, .col { gap: .5rem; } .card { padding: 1rem; } .card, .list { max-width: 34rem; } .spacer { flex: 1; }
+.list > *, .list > details > * { padding: .6rem 1rem; } .list > details { padding: 0; }
+:is(.list, .list > details) > * + * { border-top: 1px solid var(--line); }
 .widget :is(p, h3, hr) { margin: 0; } .widget :is(button, .badge) { flex: none; } hr { width: 100%; }
 .row:has(> button) { flex-wrap: wrap; } :is(.card, .col) > :is(button, .badge) { align-self: flex-start; }
 .badge { border-radius: .4rem; padding: 0 .5rem; background: var(--soft); } .widget * { max-width: 100%; }
 .item[aria-busy=true] > * { opacity: .6; pointer-events: none; } .entry[role] { cursor: pointer; }
-/* The composer */
-#composer p { margin-bottom: .5rem; } #problem { color: var(--danger); } #locked { color: var(--warning); }
+/* The composer */ #composer p { margin-bottom: .5rem; } #problem { color: var(--danger); }
 #box { flex-wrap: wrap; gap: .3rem; padding: .4rem; } #box:focus-within { border-color: var(--accent); }
 #input { flex: 1; border: 0; outline: 0; padding: .35rem .6rem; } #box select { border: 0; max-width: 35%; }
-#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #note { text-align: center; }
-#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; }
+#files, #box:has(select:not([hidden])) #input { flex-basis: 100%; } #locked { color: var(--warning); }
+#send { border-radius: 50%; width: 2.3rem; height: 2.3rem; padding: 0; } #note { text-align: center; }
 #announce { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 </style></head><body>
 <nav id="sidebar" popover aria-label="Conversations"><b id="brand"></b><a href="#/">+ New conversation</a>
@@ -4486,15 +4485,13 @@ pre { margin: 0; padding: .8rem 1rem; max-height: 30rem; overflow: auto; white-s
     <div><div id="welcome" hidden><h2 id="greeting"></h2><div id="tries"></div></div>
       <div id="log"></div><p id="thinking" class="quiet" hidden></p></div></div>
   <div id="composer"><p id="problem" role="alert" hidden></p><p id="locked" role="status" hidden></p>
-    <div id="box"><ul id="files" class="chips"></ul>
+    <div id="box"><input id="file" type="file" multiple hidden title="File"><ul id="files" class="chips"></ul>
       <textarea id="input" rows="1" placeholder="Write a message" aria-label="Message" autofocus></textarea>
-      <button id="attach">Attach</button><input id="file" type="file" multiple hidden aria-label="Files">
-      <select id="models" aria-label="Model" hidden></select>
+      <button id="attach">Attach</button><select id="models" aria-label="Model" hidden></select>
       <select id="tools" aria-label="Tool" hidden></select><button id="send" class="primary"></button></div>
     <p id="note" class="quiet" hidden>This is the built-in demo. To use a real model, set OPENAI_API_KEY,
       GEMINI_API_KEY or CHATKIT_MODEL and start again.</p></div></main><p id="announce" role="status"></p>
-<script>"use strict";
-// A whole client; no library, no build. What is stored is drawn as it is loaded, and again after each event.
+<script>"use strict"; // No library. What is stored is drawn as it is loaded, and again after each event.
 const base = location.pathname.replace(/\/?$/, "/"); // whatever prefix the server is mounted under
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((node) => [node.id, node]));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms)), THINKING = "Thinking…\n";
@@ -4540,8 +4537,8 @@ const operate = (type, params) => // in ChatKit's dialect
   api("chatkit", "POST", { type, params: { thread_id: String(shown.id), ...params } });
 function configure(given) {
   const { title, greeting, starters, model, models, tools } = config = given;
-  const offer = (node, first, names) => Object.assign(node, { hidden: !names.length }).replaceChildren(
-    ...["", ...names].map((value) => el("option", { value }, value || first)));
+  const offer = (node, none, names) => Object.assign(node, { hidden: !names.length }).replaceChildren(
+    ...["", ...names].map((value) => el("option", { value, selected: value === node.value }, value || none)));
   offer(page.models, model, models.length > 1 ? models.filter((name) => name !== model) : []);
   offer(page.tools, "Any tool", tools.map(({ name }) => name));
   page.tries.replaceChildren(...starters.map((text) => push(text, () => send(text))));
@@ -4563,8 +4560,8 @@ async function* readEvents(response, view) {
   }
   if (view) throw new Error("The stream broke off");
 }
-const download = async (path, name) =>
-  el("a", { href: URL.createObjectURL(await (await api(path)).blob()), download: name }).click();
+const download = (path, name) => api(path).then(async (response) =>
+  el("a", { href: URL.createObjectURL(await response.blob()), download: name }).click()).catch(complain);
 // ---------- Markdown: what a text and a line consist of, and how what a pattern caught is drawn ----------
 const ITEM = "[ \\t]*(?:[-*+]|\\d{1,9}[.)]) ", BEGIN = `${ITEM}|#{1,6} |>|\\||[ \\t]*(?:\`{3}|~{3})`;
 const nested = (tag) => (text) => el(tag, {}, inline(text));
@@ -4572,20 +4569,18 @@ const BLOCKS = [
   [/^([ \t]*)(?<fence>`{3,}|~{3,})([^`\n]*)$\n?([^]*?)(?:^[ \t]*\k<fence>[ \t]*$|(?![^]))/, codeBlock],
   [/^(#{1,6}) (.+)$/, (marks, text) => nested(`h${Math.min(6, marks.length + 2)}`)(text)],
   [/((?:^>(?![> ]{16}).*\n?)+)/, (text) => el("blockquote", {}, blocks(text.replace(/^> ?/gm, "")))],
-  [/((?:^\|.*\n?)+)/, tableOf],
+  [/((?:^\|.*\n?)+)/, tableOf], [/^(?:-{3,}|\*{3,})[ \t]*$/, () => el("hr")],
   [new RegExp(`(^${ITEM}.*(?:\\n\\s*(?=${ITEM}|[ \\t]{2,}\\S).*|\\n(?!${BEGIN}).*\\S.*)*)`), listOf],
   [new RegExp(`(^.*\\S.*(?:\\n(?!${BEGIN}).*\\S.*)*)`), nested("p")]];
-const SPANS = [
-  [/\\([!-/:-@[-`{-~])/, (text) => text],
+const SPANS = [[/\\([!-/:-@[-`{-~])/, (text) => text], [/~~(?=\S)(.+?)~~/, nested("s")],
   [/(?<!`)(?<ticks>`{1,2})(?!`)(.+?)(?<!`)\k<ticks>(?!`)/, (ticks, text) => el("code", {}, text)],
-  [/~~(?=\S)(.+?)~~/, nested("s")],
   [/\*\*(?=\S)(.+?)\*\*(?!\*)/, nested("strong")], [/(?<!\w)__(?=\S)(.+?)__(?!\w)/, nested("strong")],
   [/\*(?=[^\s*])([^*]*[^\s*])\*/, nested("em")], [/(?<!\w)_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, nested("em")],
   [/!\[([^[\]]*)\]\(([^\s()]+)[^()\n]*\)/, (alt, src) => picture(src, alt)],
-  [/\[\^(\d+)\](?:\((https?:\/\/[^\s()]+)\))?/, (number, href) => el("sup", {}, link(href, number))],
+  [/\[\^(\d+)\](?:\((https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\))?/, (n, href) => el("sup", {}, link(href, n))],
   [/\[([^[\]]+)\]\((https?:\/\/(?:[^\s()]|\([^\s()]*\))+)\)/, (label, href) => link(href, inline(label))],
-  [/(\bhttps?:\/\/[^\s<>]*[^\s<>.,:;!?'")\]*_])/, (href) => link(href, href)],
-  [/((?:(?!\bhttps?:)[^\\`~*_![])+|.)/, (text) => text]];
+  [/(https?:\/\/(?:[^\s<>()]*(?:\([^\s<>()]*\)|[^\s<>.,:;!?'"()\]*_]))+)/, (href) => link(href, href)],
+  [/((?:(?!https?:)[^\\`~*_![])+|.)/, (text) => text]];
 const finder = (table, flags) => { // finds what a text consists of, with what draws each
   const any = new RegExp(table.map(([{ source }], i) => `(?<is${i}>${source})`).join("|"), `g${flags}`);
   return (text) => [...text.matchAll(any)].map(({ 0: source, groups }) => {
@@ -4655,8 +4650,8 @@ const WIDGETS = { __proto__: null, // so that no unknown type is found
     cancel && widget({ type: "Button", label: cancel.label, onClickAction: cancel.action }))),
   ListView({ limit, ...w }) {
     const items = kids(w), rest = items.splice(limit > 0 ? limit : limit === "auto" ? 10 : items.length);
-    const more = el("div", {}, push(`Show ${rest.length} more`, () => more.replaceWith(...rest)));
-    return el("div.list", {}, headed(w), items, rest.length > 0 && more);
+    const more = rest.length > 0 && el("details", {}, el("summary", {}, `${rest.length} more`), rest);
+    return el("div.list", {}, headed(w), items, more);
   },
   ListViewItem: (w) => el("div.entry", w.onClickAction && { role: "button", tabIndex: 0 }, kids(w)),
   Basic: stack("div.col"), Col: stack("div.col"), Row: stack("div.row"), Spacer: stack("div.spacer"),
@@ -4716,32 +4711,34 @@ page.log.addEventListener("submit", (event) => event.preventDefault(), true); //
 // ---------- Items: from the type of a stored item to its drawing ----------
 const nodeOf = (id) => document.getElementById(`item-${id}`);
 const rowsShown = () => [...page.log.children].flatMap(({ row }) => row ?? []);
+const oncePerFrame = (node, task) => node.frame ??= requestAnimationFrame(() => task(node.frame = null));
 function draw(row) { // new or changed; at most once per frame
   const node = nodeOf(row.id) ?? page.log.insertBefore(el("div.item", { id: `item-${row.id}` }),
     [...page.log.children].find((each) => each.row?.id > row.id) ?? null);
   node.row = { usage: node.row?.usage, ...row };
-  node.frame ??= requestAnimationFrame(() => {
+  oncePerFrame(node, () => {
     const { role, item } = node.row, json = JSON.stringify(node.row);
     drawn = node.row.id;
     const type = node.dataset.type = ["user", "assistant"].includes(role) ? role : item?.type ?? role;
     if (json !== node.json) renew(node, [ITEMS[type]?.(node.row, item, node), tail(node.row)]);
-    Object.assign(node, { json, frame: null });
+    node.json = json;
   });
 }
 function renew(node, given) { // puts other nodes in; what had the focus has it again, what was open is open
-  const nodes = given.flat(Infinity).filter(Boolean), open = node.querySelector("details")?.open;
+  const nodes = given.flat(Infinity).filter(Boolean), folds = () => [...node.querySelectorAll("details")];
   const controls = () => [...node.querySelectorAll(`${CONTROLS}, summary`)];
-  const at = controls().indexOf(document.activeElement);
+  const at = controls().indexOf(document.activeElement), wereOpen = folds().map(({ open }) => open);
   for (const old of [...node.childNodes]) if (old !== nodes[0]) old.remove(); // that is a text which grows
   node.append(...nodes.filter((each) => each !== node.firstChild));
-  if (open) node.querySelector("details").open = true;
-  controls()[at]?.focus();
+  folds().forEach((fold, i) => { fold.open ||= wereOpen[i]; });
+  if (at >= 0) (controls()[at] ?? page.scroller).focus({ preventScroll: true });
 }
 function cited(text, notes = []) { // the text with the numbers of its sources, and those, each once
   const letters = [...text], keyOf = ({ url, title }) => url ?? title;
   const sources = new Map(notes.map(({ source }) => [keyOf(source), source])), keys = [...sources.keys()];
   for (const { index, source } of notes.toSorted((a, b) => b.index - a.index)) if (index >= 0)
-    letters.splice(index, 0, `[^${keys.indexOf(keyOf(source)) + 1}]`, source.url ? `(${source.url})` : "");
+    letters.splice(index, 0, "\u200a", // so thin a space ends an address before it
+      `[^${keys.indexOf(keyOf(source)) + 1}]`, source.url ? `(${source.url})` : "");
   return [letters.join(""), listed([...sources.values()])];
 }
 const listed = (sources = []) => sources.length > 0 && el("ol.quiet", {}, sources.map(
@@ -4761,11 +4758,11 @@ const ITEMS = { __proto__: null, user: ({ id, content }, item) => [
     item?.attachments?.length > 0 && el("div.chips", {}, item.attachments.map(fileNode)),
     el("div.user", {}, item?.quoted_text && el("q", {}, item.quoted_text), content),
     el("div.foot", {}, push("Edit", () => { // until what is in the box is sent, or removed
-      complain({ message: "What came after it goes when you send this message anew." });
+      if (page.input.value && !confirm("This replaces what is in the box.")) return;
       Object.assign(page.input, { value: content, editing: id }).focus();
     }))],
   assistant({ id, content, feedback }, item, node) {
-    const [text, sources] = cited(content, item?.content[0].annotations), item_ids = [String(id)];
+    const [text, sources] = cited(content, item?.content[0]?.annotations), item_ids = [String(id)];
     const rate = (kind) => operate("items.feedback", { item_ids, kind }).then(load).catch(complain);
     const anew = () => confirm("Have this answered anew? What came after it goes.") && begin(here("/retry"),
       { message_id: rowsShown().findLast((row) => row.role === "user" && row.id < id).id });
@@ -4826,8 +4823,8 @@ async function load() { // what is stored of the conversation
   const isAnswered = messages.some(({ status }) => status === "streaming");
   if (isAnswered && !view.busy && !view.loading) openConversation(view.id); // by another tab, or an action
 }
-const think = (told) => // what goes on is told in open lines; what is stored of it, is folded
-  show(page.thinking, told).replaceChildren(...inline(page.thinking.told = told));
+const think = (told) => oncePerFrame(Object.assign(page.thinking, { told }), () => // what goes on
+  show(page.thinking, page.thinking.told).replaceChildren(...inline(page.thinking.told)));
 const tells = ({ content, text = content }) => think(`${page.thinking.told}${text}\n`);
 const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_update: tells,
   thinking: ({ content }) => think((page.thinking.told || THINKING) + content),
@@ -4840,13 +4837,14 @@ const EVENTS = { __proto__: null, thread: setThread, progress: tells, progress_u
     page.log.append(el(`div.item notice ${level}`, {}, title && el("b", {}, `${title}\n`), inline(message))),
   error: ({ message }) => show(page.problem, message ?? "Something went wrong."),
   async done({ status, usage }) { // told to screen readers once, at the end, and not word by word
+    if (status === "failed") show(page.problem, ""); // it stands where it happened
     const last = await load().then(() => rowsShown().at(-1));
     page.announce.textContent = status === "completed" ? last?.content : status;
-    if (status === "failed") show(page.problem, ""); // it stands where it happened now
     if (last) draw({ ...last, usage });
   } };
 const happen = (event) => (EVENTS[event.type] ?? load)(event); // what is told otherwise, is stored
 const BUSY = "Not sent: an answer is still being written. Wait for its end, or stop it.";
+const AWAY = "Not sent: the server does not answer.";
 function setBusy(view, busy) {
   view.busy = busy;
   if (view !== shown) return;
@@ -4856,8 +4854,8 @@ function setBusy(view, busy) {
   if (page.problem.textContent === BUSY) show(page.problem, "");
 }
 async function begin(path, body) { // has the server answer, and follows the answer; true if it went
-  const view = shown;
-  if (view.busy || view.loading) return void complain({ message: BUSY });
+  if (shown.busy) return void show(page.problem, page.banner.hidden ? BUSY : AWAY);
+  const view = Object.assign(shown, { loading: false }); // what was being opened, gives way to it
   setBusy(view, true);
   page.scroller.scrollTop = 0;
   try {
@@ -4866,23 +4864,25 @@ async function begin(path, body) { // has the server answer, and follows the ans
     view === shown ? openConversation(view.id, response) : response.body.cancel(); // joined later
     return true;
   } catch ({ status, message }) {
-    show(page.problem, `Not sent: ${status ? message : "the server does not answer."}`);
+    show(page.problem, status ? `Not sent: ${message}` : AWAY);
     setBusy(view, false);
     if (!status || (view.id && status !== 401)) reopen(view); // perhaps an answer runs that we know not of
   }
 }
 async function send(message) {
-  const { editing } = page.input, files = [...page.files.children].map(({ file }) => file?.id);
+  const { editing } = page.input, chips = [...page.files.children], files = chips.map(({ file }) => file?.id);
   if (files.includes(undefined)) return complain({ message: "Not sent: a file is still on its way." });
   if (!message.trim() && !files.length) return;
-  page.input.value = message; // and there it stays until the server has it
+  if (editing && !confirm("Send the edited message? What came after it goes.")) return;
+  page.input.value ||= message; // and there it stays until the server has it
   const [model, tool_choice] = [page.models, page.tools].map(({ value }) => value || undefined);
   const sent = editing ? begin(here("/retry"), { message, message_id: editing })
     : begin("chatkit", { message, thread_id: shown.id ?? undefined, attachments: files, model, tool_choice });
   if (!await sent) return;
   Object.assign(page.input, { value: page.input.value.replace(message, ""), editing: null }).focus();
+  if (editing) return; // what is attached and chosen is for the next new message
   page.tools.value = "";
-  page.files.replaceChildren();
+  chips.forEach((chip) => chip.remove()); // there may be others by now
 }
 // ---------- Opening a conversation ----------
 async function openConversation(id, joined) { // shows what is stored, and follows what is being written
@@ -4905,7 +4905,7 @@ async function openConversation(id, joined) { // shows what is stored, and follo
       throw refusal("Conversation not found", 404); // known without a request that fails
     const stream = joined ?? await api(here("/stream")), answering = stream.status === 200;
     await load();
-    if (view !== shown) return stream.body?.cancel();
+    if (view !== shown || !view.loading) return stream.body?.cancel(); // or a message is on its way
     setBusy(Object.assign(view, { loading: false }), answering);
     if (!answering) return;
     page.log.querySelectorAll(".item.notice").forEach((node) => node.remove()); // the stream tells them again
@@ -4943,6 +4943,7 @@ function route() { // an invitation's address brings a token along, a conversati
   const [, token, id] = /^#(?:token=([!-~]+)|\/(\d+))$/.exec(location.hash) ?? [];
   if (token) sessionStorage.setItem(tokenKey, token);
   if (token) history.replaceState(null, "", location.pathname + location.search);
+  if (!config.title) reopen({}); // at the start, or when an invitation comes to a tab without a token
   openConversation(Number(id) || null);
 }
 if (!CSS.supports("overflow-anchor", "auto")) new ResizeObserver(() => { // Safari keeps nobody's place
@@ -4964,7 +4965,7 @@ addEventListener("focus", () => // another tab may have done something
   shown.id && !shown.busy && !shown.loading ? openConversation(shown.id) : refreshList());
 page.search.oninput = refreshList;
 const change = (method, body) => api(here(), method, body).catch(complain).finally(refreshList);
-const rename = (title) => title?.trim() && change("PATCH", { title: title.trim() }).then(load);
+const rename = (title) => title?.trim() && change("PATCH", { title }).then(load).catch(complain);
 page.rename.onclick = () => rename(prompt("Rename conversation", shown.title));
 page.remove.onclick = () => {
   if (!confirm(`Delete “${shown.title}”?`)) return;
@@ -4972,14 +4973,12 @@ page.remove.onclick = () => {
   location.hash = "#/";
 };
 page.save.onclick = () => download(here("?format=markdown"), `${shown.title}.md`);
-page.input.oninput = () => { // an emptied box is no message to be edited any longer
-  if (!page.input.value && page.input.editing) show(page.problem, page.input.editing = null);
-};
+page.input.oninput = () => { if (!page.input.value) page.input.editing = null; }; // what comes is new
 addEventListener("keydown", (event) => { // Enter sends, or does what a click would
   const { key, target, shiftKey, isComposing, keyCode } = event;
+  if (target.role === "button" && [" ", "Enter"].includes(key)) target.click(event.preventDefault());
   // The Enter that ends a composition is not meant for us (Safari tells it by the key code alone).
   if (key !== "Enter" || shiftKey || isComposing || keyCode === 229) return;
-  if (target.role) target.click();
   if (target === page.input) send(target.value, event.preventDefault());
 });
 page.send.onclick = () => !shown.busy ? send(page.input.value)
@@ -5000,9 +4999,10 @@ const attachAll = ({ files }) => [...files].forEach(attach);
 page.attach.onclick = () => page.file.click(page.file.value = ""); // so that the same one can be chosen again
 page.file.onchange = () => attachAll(page.file);
 addEventListener("paste", ({ clipboardData }) => attachAll(clipboardData));
-addEventListener("dragover", (event) => event.preventDefault());
-addEventListener("drop", (event) => attachAll(event.dataTransfer, event.preventDefault()));
-route(); reopen({});
+const isText = ({ target, dataTransfer: { types } }) => "selectionEnd" in target && !types.includes("Files");
+addEventListener("dragover", (event) => isText(event) || event.preventDefault()); // or it is opened
+addEventListener("drop", (event) => isText(event) || attachAll(event.dataTransfer, event.preventDefault()));
+route();
 </script></body></html>"""
 
 COMPONENT_PAGE = r"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>ChatKit</title>

@@ -4981,6 +4981,9 @@ def test_each_section_uses_what_stands_above_it_and_else_what_the_map_says() -> 
 MARKDOWN = """# A heading
 One paragraph with **bold**, *italics*, ~~struck~~, `a * b`, a [link](https://example.org/a_(b)?c=1),
 and https://example.org/bare. snake_case_name, 2 * 3 * 4, \\*plain\\*.
+See (https://example.org/c_(d)), _https://example.org/e_f_!
+
+---
 
 1. first
    - inner **one**
@@ -5011,7 +5014,8 @@ WHAT_IS_DRAWN = {  # what becomes of it, by selector
     "em": ["italics", "two"],
     "s": ["struck"],
     "p code": ["a * b"],
-    "a": ["link", "https://example.org/bare"],
+    "a": ["link", *(f"https://example.org/{path}" for path in ("bare", "c_(d)", "e_f"))],
+    "p + hr": [""],
     "ol > li > ul > li": ["inner one", "inner two"],
     "blockquote": ["A quote\nof two lines"],
     "th": ["What", "Much"],
@@ -5289,8 +5293,11 @@ class TestPage:
             tab.page.on("request", lambda each: sent.extend([each.post_data_json] * ("chatkit" in each.url)))
             tab.page.get_by_label("Model", exact=True).select_option("smart")
             tab.page.get_by_label("Tool", exact=True).select_option("echo")
+            tab.input.fill("a draft")
             tab.button("Cook <b>soup</b>").click()
             tab.is_idle()
+            tab.expect(tab.input).to_have_value("a draft")
+            tab.page.evaluate("getJson('api/config').then(configure)")  # as after a reconnection
             tab.ask("and now?")
             chosen = [(each["model"], each.get("tool_choice")) for each in sent]
             assert chosen == [("smart", "echo"), ("smart", None)]
@@ -5333,6 +5340,7 @@ class TestPage:
                 assert tab.page.locator("ol > li").count() == 2
                 assert tab.link("link").get_attribute("href") == "https://example.org/a_(b)?c=1"
                 tab.sees("snake_case_name, 2 * 3 * 4, *plain*.")
+                tab.sees("See (https://example.org/c_(d)), _https://example.org/e_f_!")
             tab.page.get_by_role("button", name="Copy").first.click()
             tab.expect(tab.button("Copied")).to_be_visible()
             assert tab.page.evaluate("navigator.clipboard.readText()") == WHAT_IS_DRAWN["pre"][0]
@@ -5393,6 +5401,8 @@ class TestPage:
 
         async def on_action(context: ck.TurnContext, action: Any, item: Any) -> None:
             seen.append((action["type"], action["payload"]))
+            if action["type"] == "tick":
+                await context.replace_widget(item["id"], {**item["widget"], "key": "another"})
             if action["type"] == "leave":
                 await context.remove(item["id"])
 
@@ -5406,11 +5416,16 @@ class TestPage:
             given: Json = {"id": 1, "name": "Ann", "wish": "no onions", "size": "b", "kind": "b"}
             given |= {"day": "2026-12-24", "hot": True, "table": "Table 3"}
             assert until(lambda: seen and seen.pop()) == ("order", given)
+            tab.expect(tab.page.get_by_text("Choice 2")).to_be_hidden()
+            tab.page.get_by_text("2 more").click()
             tab.page.get_by_label("Milk").check()
             assert until(lambda: seen and seen.pop()) == ("tick", {"milk": True})
-            tab.expect(tab.page.get_by_text("Choice 2")).to_have_count(0)
-            tab.button("Show 2 more").click()
+            tab.sees_no("[aria-busy=true]")
+            tab.expect(tab.page.get_by_label("Milk")).not_to_be_checked()  # for it was drawn anew
             tab.button("Choice 2").press("Enter")
+            assert until(lambda: seen and seen.pop()) == ("choose 2", {"id": 7})
+            tab.sees_no("[aria-busy=true]")
+            tab.button("Choice 2").press("Space")
             assert until(lambda: seen and seen.pop()) == ("choose 2", {"id": 7})
             tab.button("Leave").click()
             tab.sees_no(".card")
@@ -5459,15 +5474,17 @@ class TestPage:
                 asked.clear()
 
     def test_citations_tasks_and_workflows(self, visit: Any) -> None:
-        book = {"type": "url", "title": "The book", "url": "https://books.example/a"}
-        sources = [(book, 3), ({"type": "entity", "id": "e", "title": "Oolong"}, 6), (book, 6)]
+        book = {"type": "url", "title": "The book", "url": "https://books.example/a_(b)"}
+        sources = [(book, 3), ({"type": "entity", "id": "e", "title": "Oolong"}, 18), (book, 18)]
         notes = [{"type": "annotation", "source": source, "index": index} for source, index in sources]
 
         async def work(context: ck.TurnContext) -> None:
             await context.start_workflow({"type": "custom", "tasks": []})
             await context.add_workflow_task({"type": "custom", "title": "Look", "content": "At **it**"})
             await context.end_workflow({"title": "All planned"})
-            await context.say("One two.", annotations=notes)
+            await context.say("One https://a.b/cd.", annotations=notes)
+            empty: Json = {"id": "e", "type": "assistant_message", "content": []}
+            await context.stream({"type": "thread.item.done", "item": empty})
 
         found = [{"type": "url", "url": "https://tea.example"}]
         search: Json = {"id": "ws", "type": "web_search_call"}
@@ -5478,7 +5495,8 @@ class TestPage:
                 tab.sees("All planned")
                 assert sorted(tab.texts("sup")) == ["1", "1", "2"]
                 assert tab.texts("ol.quiet:visible li") == ["The book", "Oolong"]
-                assert tab.page.locator("sup a").first.get_attribute("href") == book["url"]
+                hrefs = [link.get_attribute("href") for link in tab.page.locator(".assistant a").all()]
+                assert sorted(hrefs) == ["https://a.b/cd", book["url"], book["url"]]
                 assert len(tab.texts("#log > .item > .tool")) == 3  # the workflow, the tool, and the search
                 tab.sees("tea", ".tool >> nth=-1")
             tab.page.get_by_text("All planned").click()
@@ -5519,6 +5537,8 @@ class TestPage:
             for connection in list(server.server_state.connections):
                 connection.loop.call_soon_threadsafe(connection.transport.abort)
             tab.sees("The server does not answer", "#banner")
+            tab.say("more")
+            tab.sees("Not sent: the server does not answer", "#problem")
             context.set_offline(False)
             tab.is_busy()
             tab.is_idle()
@@ -5533,6 +5553,8 @@ class TestPage:
             tab.sees("hello", ".user")
             until(lambda: any(row["content"] for row in process.client().messages(1)[1:]))
         tab.sees("The server does not answer", "#banner")
+        tab.button("Export").click()
+        tab.sees("Failed to fetch", "#problem")
         with Process(*port, cwd=tmp_path):
             tab.sees("Interrupted")
             tab.sees_no("#banner")
@@ -5567,6 +5589,8 @@ class TestPage:
             first.page.evaluate("dispatchEvent(new Event('focus'))")
             first.sees("three")
             assert first.texts() == second.texts() == ["one two", "three"]
+            first.page.evaluate("dispatchEvent(new Event('focus')); send('z')")  # as by a click into it
+            first.expect(first.page.locator(".assistant")).to_have_count(3)
 
     def test_conversations_are_searched_renamed_exported_and_deleted(self, visit: Any) -> None:
         with visit(scripted(["ok"])) as (client, tab):
@@ -5648,6 +5672,10 @@ class TestPage:
             for each in (tab, invited):
                 assert each.page.evaluate(kept) == [token, 0, "", "#/1"]
             assert not invited.asked
+            refused = Tab(context.new_page(), str(client.base_url))
+            refused.sees("To give a token", "#problem")
+            refused.page.goto(f"{client.base_url}#token={token}")  # which loads nothing anew
+            refused.sees("How can I help?", "#welcome")
             invited.page.go_back()
             assert "token" not in invited.page.url
 
@@ -5659,11 +5687,17 @@ class TestPage:
             {"type": "freeform", "id": "note", "question": "Anything else?"},
         ]
 
+        wait = Wait()
+
         async def survey(context: ck.TurnContext) -> Any:
+            await wait.pass_through()
             return context.ask(asked)
 
         with visit(doing(survey)) as (client, tab):
-            tab.ask("x")
+            tab.say("x")
+            tab.page.locator(".tool summary").click()  # the questions take its place
+            wait.gate.set()
+            tab.is_idle()
             tab.button("Send answers").click()  # which says what is missing
             tab.page.reload()
             tab.page.get_by_label("Large").first.check()
@@ -5698,8 +5732,9 @@ class TestPage:
             assert wiped == ["a"]
             tab.ask("y")
             tab.page.reload()
-            tab.button("Approve").click()
+            tab.button("Approve").press("Enter")
             tab.sees("Over.")
+            tab.expect(tab.page.get_by_role("log")).to_be_focused()
             assert wiped == ["a", "a"]
 
     def test_a_client_tool_call_says_what_it_waits_for(self, visit: Any) -> None:
@@ -5726,6 +5761,14 @@ class TestPage:
                 tab.is_idle()
             assert tab.texts() == ["so", "well"] and tab.texts(".user") == ["x", "y"]
             tab.sees_no(".notice, .retry")
+
+        async def warn(context: ck.TurnContext) -> None:
+            await context.notice("info", "Old news.")
+
+        with visit(doing(warn, answer=[RuntimeError("no")])) as (_, tab):
+            tab.ask("x")
+            tab.sees("Old news.", ".notice >> nth=-1")
+            tab.expect(tab.page.get_by_role("alert").get_by_role("button", name="Retry")).to_be_visible()
 
     def test_what_guardrails_block_is_marked_or_gone(self, visit: Any) -> None:
         @input_guardrail
@@ -5775,6 +5818,10 @@ class TestPage:
                   const event = new Event("{kind}", {{ bubbles: true }});
                   input.dispatchEvent(Object.assign(event, {{ {field}: carried }}));
                 }}""")
+            drag = "new Event('dragover', { bubbles: true, cancelable: true })"
+            drag = f"Object.assign({drag}, {{ dataTransfer: new DataTransfer() }})"
+            for place, is_taken in (("input", False), ("log", True)):  # what is no file may fall into the box
+                assert tab.page.evaluate(f"!{place}.dispatchEvent({drag})") == is_taken
             tab.expect(tab.page.get_by_role("button", name="Remove ")).to_have_count(3)
             tab.button("Remove drop.txt").click()
             tab.expect(tab.page.locator("#files img")).to_be_visible()
@@ -5803,13 +5850,24 @@ class TestPage:
             assert client.messages(1)[-1]["feedback"] == "positive"
             tab.button("Copy").click()
             until(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "three")
+            tab.input.fill("a draft")
             tab.page.get_by_role("button", name="Edit").first.click()
-            tab.sees("What came after it", "#problem")
+            tab.expect(tab.input).to_have_value("a draft")
+            tab.replies = [""]
+            tab.page.get_by_role("button", name="Edit").first.click()
             tab.expect(tab.input).to_have_value("x")
+            note = {"name": "note.txt", "mimeType": "text/plain", "buffer": b"later"}
+            tab.page.locator("#file").set_input_files([note])
+            tab.expect(tab.button("Remove note.txt")).to_be_visible()
             tab.input.fill("z")
             tab.type("Shift+Enter", "zz", "Enter")
+            tab.expect(tab.input).to_have_value("z\nzz")
+            assert "What came after it" in tab.asked[-1] and tab.texts(".user") == ["x", "y"]
+            tab.replies = [""]
+            tab.type("Enter")
             tab.sees("four")
             tab.is_idle()
+            tab.expect(tab.button("Remove note.txt")).to_be_visible()
             for _ in tab.now_and_after_a_reload():
                 tab.sees("four")
                 assert tab.texts() == ["four"] and tab.texts(".user") == ["z\nzz"]
