@@ -5632,7 +5632,7 @@ class TestPage:
             top = tab.page.evaluate(where)
             tab.sees("line 70")
             assert abs(tab.page.evaluate(where) - top) < 1
-            tab.page.mouse.wheel(0, 9999)
+            until(lambda: tab.page.mouse.wheel(0, 9999) or tab.page.evaluate(below) < 1)
             tab.is_idle()
             tab.expect(tab.page.get_by_text("line 99", exact=True)).to_be_in_viewport()
 
