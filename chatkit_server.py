@@ -65,8 +65,9 @@ if sys.version_info < (3, 10):  # noqa: UP036  # said here, where an older Pytho
 import argparse
 import asyncio
 import base64
-import collections
 import contextlib
+import contextvars
+import copy
 import difflib
 import errno
 import functools
@@ -653,6 +654,7 @@ class Store(Database):
             sql = """UPDATE conversations SET agent = (
                     SELECT json_extract(content, '$.assistant') FROM messages WHERE conversation_id = ?1
                         AND role = 'tool' AND content LIKE '{"assistant":%' AND json_valid(content)
+                        AND (SELECT count(*) FROM json_each(content)) = 1
                     ORDER BY id DESC LIMIT 1)
                 WHERE id = ?1 AND user_id = ?2"""
             await self._read(sql, conversation_id, user_id)
@@ -916,6 +918,10 @@ class Thread:
     status: Any  # {"type": "active"}, or {"type": "locked" or "closed", "reason"?}; or the SDK's object
 
 
+# The client_tool_call of the tool that runs: tools run side by side, some of them in threads.
+ASKED: contextvars.ContextVar[list[Any]] = contextvars.ContextVar("ASKED")
+
+
 @dataclass
 class TurnContext:
     """What a tool gets in the Agents SDK's wrapper: who asks, where, and how to reach them while it works.
@@ -939,7 +945,6 @@ class TurnContext:
     locale: str = "en"  # the first of the request's Accept-Language
     request_context: Row = field(default_factory=dict)  # {"headers", "metadata"} of the request
     tool_choice: str | None = None  # what the person chose in the composer: a tool, or a mode
-    client_tool_call: Any = None  # {"name", "arguments"}, set by a tool: as if it had returned client_tool()
     _workflow: Row = field(default_factory=dict, repr=False)  # the thread item of the one that is open
     _workflow_began: float = 0.0
     _showing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)  # it: tools run side by side
@@ -1026,6 +1031,15 @@ class TurnContext:
         return Questions(questions)
 
     # ---- the names of the official SDK's AgentContext
+
+    @property
+    def client_tool_call(self) -> Any:
+        """{"name", "arguments"}, to be set by a tool: as if it had returned client_tool()."""
+        return ASKED.get([None])[0]
+
+    @client_tool_call.setter
+    def client_tool_call(self, call: Any) -> None:
+        ASKED.get([None])[0] = call
 
     async def stream(self, event: Any) -> None:
         """Any event of the ChatKit protocol, or one of ours such as {"type": "thinking", "content": "..."}.
@@ -1634,14 +1648,19 @@ def _with_outputs(items: list[Row]) -> list[Row]:
     A turn may break off between the two, and the oldest rows may be cut between them. Outputs stand behind
     all calls of one response.
     """
-    paired = collections.Counter(item.get("call_id") for item in items)
+    waiting: dict[str, Row] = {}  # calls, by ids, which some providers use again in each answer
+    paired: set[int] = set()  # items, by identity
+    for item in items:
+        if call_id := item.get("call_id"):
+            if not item["type"].endswith("_output"):
+                waiting[call_id] = item
+            elif call_id in waiting:
+                paired |= {id(item), id(waiting.pop(call_id))}
     text = "(There is no result: the person's side did not let this come to its end.)"
     whole: list[Row] = []
     for are_calls, group in itertools.groupby(items, key=lambda item: item.get("type") == "function_call"):
-        together = [
-            item for item in group if are_calls or not item.get("call_id") or paired[item["call_id"]] > 1
-        ]
-        lost = [item["call_id"] for item in together if are_calls and paired[item["call_id"]] == 1]
+        together = [item for item in group if are_calls or not item.get("call_id") or id(item) in paired]
+        lost = [item["call_id"] for item in together if are_calls and id(item) not in paired]
         lost_output = {"type": "function_call_output", "output": text}
         whole += together + [{**lost_output, "call_id": call_id} for call_id in lost]
     return whole
@@ -1792,9 +1811,8 @@ def task_item(indicator: str, **task: Any) -> Row:
 
 def hosted_args(raw: Row) -> Row:
     """What a call asks for that is none of a function."""
-    return {
-        name: raw[name] for name in ("queries", "action", "operation", "code", "arguments") if raw.get(name)
-    }
+    names = ("queries", "action", "actions", "operation", "code", "arguments", "input")
+    return {name: raw[name] for name in names if raw.get(name)}
 
 
 def hosted_item(raw: Row, indicator: str) -> Row:
@@ -1979,6 +1997,7 @@ class Turn:
         self.growing: set[int] = set()  # those that are still to be done
         self.names: dict[str, int] = {}  # the rows of items, by the ids that those who streamed them made up
         self.shown = False  # something other than the model's text was
+        self.keeping: Row = {}  # the thread as a tool left it, while that is being stored
         self._task: asyncio.Task[None] | None = None
 
     def enter(self, conversation: Row) -> None:
@@ -2096,7 +2115,7 @@ class Turn:
     async def _explain(self, failure: BaseException) -> Row:
         """What a failure means for the person, and for what was said before it."""
         self.chat.log_failure(f"thread {self.conversation_id}: the turn failed", failure)
-        self.chat.agents.in_doubt = True
+        self.chat.agents.doubt()
         error, item = explain(failure), self.user_message.get("item") or {}
         if error["code"] == "refused" and item.get("attachments"):
             error["message"] = "The model's provider refused the request, perhaps for the attached files."
@@ -2126,14 +2145,15 @@ class Turn:
             raise ValueError("a conversation is active, locked or closed")
         changes = {"title": str(thread.title).strip()[:200], "metadata": json_copy(thread.metadata)}
         changes |= {"status": status["type"], "status_reason": status.get("reason")}
+        self.keeping = copy.deepcopy(vars(thread))
         await self.chat.change_conversation(self.user_id, self.conversation_id, **changes)
 
     def thread_changed(self, conversation: Row) -> None:
         """Somebody renamed, locked or annotated the conversation, this turn or another reader."""
-        before, after = vars(thread_of(self.conversation)), vars(thread_of(conversation))
-        self.conversation = conversation
-        # What a tool is changing meanwhile stays.
-        vars(self.context.thread).update({name: after[name] for name in after if after[name] != before[name]})
+        known, now = self.keeping or vars(thread_of(self.conversation)), vars(self.context.thread)
+        self.conversation, self.keeping = conversation, {}
+        # What a tool has changed since then stays.
+        now.update({key: new for key, new in vars(thread_of(conversation)).items() if now[key] == known[key]})
         self.emit({"type": "thread.updated", "conversation": conversation})
 
     # ---- rows
@@ -2180,6 +2200,7 @@ class Turn:
         if self.last_message_id in removed:
             self.last_message_id = None
         for row_id in removed:
+            self.drafts.pop(row_id, None)
             self.emit({"type": "thread.item.removed", "item_id": str(row_id)})
 
     async def show_picture(self, row: Row, url: str, **columns: Any) -> None:
@@ -2506,7 +2527,8 @@ class Run(RunHooks[TurnContext]):
             text = str(raw.get("revised_prompt") or "")
             return await turn.show_picture(row, f"data:;base64,{item.result}", content=text, input=[raw])
         if call_id := raw.get("call_id"):  # its output is still to come, perhaps once the person approves
-            columns: Row = {"item": hosted_item(raw, "loading"), "input": [raw]}
+            called = [{**row["tool_calls"][0], "args": hosted_args(raw)}]
+            columns: Row = {"item": hosted_item(raw, "loading"), "input": [raw], "tool_calls": called}
             turn.calls[call_id] = row | columns
             return await turn.change_row(row["id"], "thread.item.replaced", **columns)
         logs = [str(output["logs"]) for output in raw.get("outputs") or [] if output.get("logs")]
@@ -2577,10 +2599,11 @@ class Run(RunHooks[TurnContext]):
         turn, calls = self.turn, run.interruptions
         for row in turn.calls.values():
             await turn.change_row(row["id"], "thread.item.added", status="pending", input=row["input"])
-        args = [json_object(call.arguments) or hosted_args(input_of(call.raw_item)) for call in calls]
-        asked = [
-            approval_question(c.call_id, c.tool_name, given) for c, given in zip(calls, args, strict=True)
-        ]
+        asked = []
+        for call in calls:
+            raw = input_of(call.raw_item)
+            args = json_object(call.arguments) if raw["type"] == "function_call" else hosted_args(raw)
+            asked.append(approval_question(call.call_id, call.tool_name, args))
         text, item = "\n".join(each["question"] for each in asked), pending_item(Questions(asked))
         state = {"run_state": run.to_state().to_json(context_serializer=lambda context: {})}
         await turn.add_row("item", "thread.item.done", content=text, item=item, input=state, status="pending")
@@ -2781,13 +2804,16 @@ async def _take_item(turn: Turn, change: str, given: Row) -> None:
     if known is None and change == "thread.item.replaced":
         known = (await turn.find_row(made_up))["id"]
     if role == "assistant" and known is None:
-        draft = await Draft.open(turn, role, text)
-        known = turn.names[made_up] = draft.id
-        turn.drafts[known] = draft
-    if known in turn.drafts:
-        if change != "thread.item.added":
-            await turn.drafts.pop(known).complete(text, annotations_of(item))
+        known = turn.names[made_up] = (begun := await Draft.open(turn, role, text)).id
+        turn.drafts[known] = begun
+    draft = turn.drafts.get(known or 0)
+    if draft is not None and change == "thread.item.added":
         return
+    if draft is not None:
+        del turn.drafts[draft.id]
+        if role == "assistant" and len(item.get("content") or []) < 2:
+            return await draft.complete(text, annotations_of(item))
+        turn.chat.unsaved.discard(draft)  # it becomes what a text cannot be
     final = "pending" if item.get("status") == "pending" else "done"
     columns: Row = {
         "content": text,
@@ -2826,7 +2852,7 @@ class Agents:
         self._connected: dict[MCPServer, MCPServerManager] = {}
         self._used: dict[MCPServer, float] = {}  # when an answer that may use it last began
         self._connecting = asyncio.Lock()
-        self.in_doubt = False  # a turn failed, perhaps for an MCP server that went away
+        self.in_doubt: set[MCPServer] = set()  # an answer failed, perhaps for one that went away
         used = [] if self.generator else [agent.model for agent in self.graph] or [None]
         for model in [*models.settings.models.values(), *used]:
             models.get_model(model)
@@ -2884,17 +2910,27 @@ class Agents:
                 if isinstance(tool, FunctionTool) and getattr(invoke, "func", None) is not contained:
                     tool.on_invoke_tool = functools.partial(contained, tool.name, tool.on_invoke_tool)
 
+    def doubt(self) -> None:
+        """Have the next answer see whether the MCP servers that it uses are still there."""
+        self.in_doubt.update(self._connected)
+
     async def _disconnect(self, servers: list[MCPServer]) -> None:
+        self.in_doubt.difference_update(servers)
         for server in servers:
             del self._used[server]
         await asyncio.gather(*(self._connected.pop(server).cleanup_all() for server in servers))
 
-    async def _reconnect(self, servers: list[MCPServer]) -> None:
+    async def _reconnect(self, servers: set[MCPServer]) -> None:
         """Those that do not answer any more: they were stopped, or the laptop slept."""
-        answers = await asyncio.gather(*(each.list_tools() for each in servers), return_exceptions=True)
-        for server, answer in zip(servers, answers, strict=True):
-            if isinstance(answer, BaseException):
-                await self._connected[server].reconnect(failed_only=False)
+        async with self._connecting:
+            doubtful = [*servers & self.in_doubt]  # another answer may just have seen to it
+            answers = await asyncio.gather(*(each.list_tools() for each in doubtful), return_exceptions=True)
+            for server, answer in zip(doubtful, answers, strict=True):
+                manager = self._connected[server]
+                if isinstance(answer, BaseException):
+                    await manager.reconnect(failed_only=False)
+                if not manager.errors:
+                    self.in_doubt.discard(server)
 
     async def agent_for(self, turn: Turn, *, first: bool = False) -> Agent[Any]:
         """Who answers in this turn: the agent that had the last word, or the `first` of the graph."""
@@ -2907,9 +2943,11 @@ class Agents:
             graph = agents_within(made)
             await self.prepare(graph)
         if self.in_doubt:
-            self.in_doubt = False
-            await self._reconnect([server for agent in graph for server in agent.mcp_servers])
+            await self._reconnect({server for agent in graph for server in agent.mcp_servers})
         agent = next((each for each in graph if each.name == last and not first), graph[0])
+        if lost := [server for server in agent.mcp_servers if self._connected[server].errors]:
+            log.warning("The answer goes without the MCP servers %s", [server.name for server in lost])
+            agent = agent.clone(mcp_servers=[each for each in agent.mcp_servers if each not in lost])
         if choice in [tool.name for tool in agent.tools]:
             agent = agent.clone(model_settings=replace(agent.model_settings, tool_choice=choice))
         return agent
@@ -2931,16 +2969,21 @@ async def contained(name: str, invoke: Callable[..., Awaitable[Any]], *args: Any
 
     One that exits must not take the server along: asyncio lets such exceptions through.
     """
+    called: list[Any] = [None]
+    outer, token = ASKED.get(None), ASKED.set(called)
     try:
-        output, context = await invoke(*args), args[0].context  # perhaps that of a run of the tool's own
-        asked = json_copy(getattr(context, "client_tool_call", None))
-        if asked is None:
+        output = await invoke(*args)
+        if asked := json_copy(called[0]):
+            output = ClientTool(asked["name"], asked.get("arguments") or {})
+        if outer is None or not isinstance(output, ClientTool):
             return output
-        context.client_tool_call = None
-        return ClientTool(asked["name"], asked.get("arguments") or {})
+        outer[0] = vars(output)  # the call that waits is that of the agent which is used as a tool
+        return "The person's side has been asked."
     except (SystemExit, KeyboardInterrupt) as error:
         log.error("the tool %s wanted to end the process: %r", name, error)
         return to_json({"error": f"The tool {name} failed."})
+    finally:
+        ASKED.reset(token)
 
 
 def can_answer(source: Any) -> bool:
