@@ -4725,9 +4725,9 @@ function widget({ size, width = size, height = size, padding, ...w }) {
     alignItems: w.align, justifyContent: w.justify?.replace(/between|around|evenly/, "space-$&"),
     color: w.color && `var(--${w.color})`, background: w.background && "var(--side)", textAlign: w.textAlign,
     fontSize: w.value && { sm: "small", lg: "large", xl: "x-large" }[size], fontStyle: w.italic && "italic",
-    fontWeight: w.weight?.replace("semi", ""), textDecoration: w.lineThrough && "line-through" });
+    fontWeight: `${w.weight}`.replace("semi", ""), textDecoration: w.lineThrough && "line-through" });
   for (const kind of ["Click", "Change", "Submit"])
-    if (w[`on${kind}Action`]) node[`on${kind.toLowerCase()}`] = acting(w[`on${kind}Action`]);
+    if (node && w[`on${kind}Action`]) node[`on${kind.toLowerCase()}`] = acting(w[`on${kind}Action`]);
   return node;
 }
 const CONTROLS = "a, button, label, input, select, textarea, [role=button]";

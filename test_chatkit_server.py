@@ -2139,6 +2139,18 @@ def test_a_client_tool_call_beside_another_tool_is_that_of_the_tool_that_asked()
     assert outcomes(agent) == {"c1": '{"echo": "x"}', "c2": "seen"}
 
 
+def test_a_client_tool_call_of_an_agent_used_as_a_tool_waits_as_that_tools() -> None:
+    inner = doing(lambda context: then(context.client_tool("look")), answer=["Asked."])
+    agent = scripted(
+        [Call("helper", {"input": "x"}, "o1")], ["Done."], tools=[inner.as_tool("helper", "Helps.")]
+    )
+    with serving(agent) as client:
+        client.send_message("go")
+        [call] = items(client, "client_tool_call")
+        client.post("/api/conversations/1/tool_output", json={"result": "seen"})
+    assert (call["name"], call["call_id"], outcomes(agent)) == ("look", "o1", {"o1": "seen"})
+
+
 def test_calls_side_by_side_are_all_told_to_the_model_after_a_stop() -> None:
     wait = Wait()
 
