@@ -2288,7 +2288,10 @@ TALK["panic"] = TALK["raise"]  # by what is no Exception
 
 
 @parametrize("message", TALK)
-def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(message: str) -> None:
+def test_a_generator_may_raise_have_much_or_nothing_to_say_and_be_stopped(
+    message: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ck, "STOP_WITHIN", 0.1)
     status, answers = TALK[message]
     with serving(chatty) as client, ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.send_message, message)
@@ -4289,7 +4292,7 @@ def spoilt(line: str, chance: random.Random) -> tuple[str, str, bytes]:
     return method, url, body.encode(errors="surrogateescape")
 
 
-@parametrize("count", [600, pytest.param(10_000, marks=slow)])
+@parametrize("count", [300, pytest.param(10_000, marks=slow)])
 def test_no_mutation_of_a_valid_request_breaks_it_or_its_answer(tmp_path: Path, count: int) -> None:
     chance, statuses, file = random.Random(6), collections.Counter[int](), tmp_path / "chatkit.db"
     with serving(TOOLBOX, database=str(file), transcribe=transcribe, on_action=redraw) as client:
@@ -4851,6 +4854,7 @@ def test_the_readmes_curl_prints_what_it_says() -> None:
     assert same("\n".join(lines)) == same(printed)
 
 
+@slow
 def test_the_readmes_generators(here: Path, monkeypatch: Any) -> None:
     (here / "generators.py").write_text(readme_block("generators.py").replace("port=8000", "port=0"))
     with subprocess.Popen([sys.executable, "generators.py"], env=CLEAN_ENV, text=True, **PIPES) as process:
