@@ -98,7 +98,7 @@ ck.DemoModel.__init__.__defaults__ = (0.0,)  # nobody watches its words come one
 def say_how_long_it_takes(request: pytest.FixtureRequest) -> None:
     """Before the first dot, also with -q."""
     plugins, tests = request.config.pluginmanager, len(request.session.items)
-    long = "ten minutes" if TEST_ALL else "75 seconds at most; CHATKIT_TEST_ALL=1 runs the long ones too"
+    long = "ten minutes" if TEST_ALL else "60 to 90 seconds; CHATKIT_TEST_ALL=1 runs the long ones too"
     if tests > 100 and (reporter := plugins.getplugin("terminalreporter")):
         with plugins.getplugin("capturemanager").global_and_fixture_disabled():
             reporter.write_line(f"{tests} tests, which take two cores {long}.")
